@@ -1,0 +1,108 @@
+"""Which block of Eq. 4 a parameter belongs to: a_i, b_i, the middle, or none of them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from stability_probe.skips.connection import SkipConnection
+from stability_probe.skips.find import evaluating
+from stability_probe.skips.taps import OutputTap
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of Eq. 4.
+
+    Attributes:
+        kind: `"a"`, `"b"`, `"mid"`, or `"other"` (embeddings of time and position, scaling gates).
+        level: i of a_i and b_i; 0 for the other two.
+    """
+
+    kind: Literal["a", "b", "mid", "other"]
+    level: int = 0
+
+
+OTHER = Block("other")
+
+
+def parameter_blocks(
+    model: nn.Module, skips: Sequence[SkipConnection], *args: Any, **kwargs: Any
+) -> dict[str, Block]:
+    r"""The block of every parameter of a model, by the order in which modules run.
+
+    A layer that runs between the moments when $u_{i-1}$ and $u_i$ are ready belongs to $a_i$; one
+    between $u_N$ and the innermost merge to the middle; one between merges $i$ and $i - 1$ to
+    $b_i$. So $a_1$ includes the input layers and $b_1$ the output layers, as in Eq. 4. Layers that do not
+    see the input (embeddings of time and labels) belong with the module that holds them if that
+    module's other layers all lie in one block, and to none otherwise.
+
+    Args:
+        model: the model; left as it was, its random state included.
+        skips: its long skips.
+        *args: an example input; its first tensor is $x_t$.
+        **kwargs: further arguments.
+
+    Returns:
+        A block for every name in `model.named_parameters()`.
+    """
+    order = _Order()
+    with ExitStack() as stack, evaluating(model), torch.enable_grad():
+        for skip in skips:
+            entered = Block("mid") if skip.level == len(skips) else Block("a", skip.level + 1)
+            leave_encoder = OutputTap(skip.source).attach(model, order.entering(entered))
+            enter_decoder = skip.merged.attach(model, order.entering(Block("b", skip.level)))
+            stack.callback(leave_encoder.remove)
+            stack.callback(enter_decoder.remove)
+        for name, module in model.named_modules():
+            if name and any(True for _ in module.parameters(recurse=False)):
+                hook = module.register_forward_hook(order.running(name), prepend=True)
+                stack.callback(hook.remove)
+        frozen = {name: p.detach() for name, p in model.named_parameters()}
+        x, *rest = args
+        functional_call(model, frozen, (x.detach().requires_grad_(), *rest), kwargs)
+    return {
+        name: _block_of(name.rpartition(".")[0], order.block_of)
+        for name, _ in model.named_parameters()
+    }
+
+
+class _Order:
+    """Follows a forward pass: which block is running, and which layers saw the input in it.
+
+    Parameters are detached and x_t is not, so an output requires a gradient just when it depends
+    on the input.
+    """
+
+    def __init__(self) -> None:
+        self.current = Block("a", 1)
+        self.block_of: dict[str, Block] = {}
+
+    def entering(self, block: Block) -> Callable[[Tensor], None]:
+        def fn(tensor: Tensor) -> None:
+            self.current = block
+
+        return fn
+
+    def running(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                self.block_of.setdefault(name, self.current)
+
+        return hook
+
+
+def _block_of(module: str, block_of: dict[str, Block]) -> Block:
+    """The block of a module, or of the nearest module around it whose known layers agree."""
+    if module in block_of:
+        return block_of[module]
+    while module:
+        module = module.rpartition(".")[0]
+        inside = {b for name, b in block_of.items() if name.startswith(f"{module}.")}
+        if inside:
+            return inside.pop() if len(inside) == 1 and module else OTHER
+    return OTHER

@@ -1,0 +1,157 @@
+r"""Largest singular values of Jacobians, matrix-free and for every sample at once.
+
+A network that treats samples independently (no batch statistics) has a block-diagonal Jacobian
+over the batch, so one product with $J$ or $J^\top$ serves all samples, and the Golub–Kahan–Lanczos
+recurrence runs on each of them side by side.
+
+**Method.** Golub–Kahan bidiagonalisation with full reorthogonalisation builds
+$J V_k = U_k B_k$; the largest singular value $\theta$ of the small bidiagonal $B_k$ never exceeds
+$\sigma_{\max}(J)$. With $p$ the left singular vector of $B_k$ that goes with $\theta$, the
+residual $\|J^\top\tilde u - \theta\tilde v\| = \beta_k|p_k|$ is known for free, and some singular
+value of $J$ lies within it of $\theta$. Iteration stops when residual $\le$ `rtol`
+$\cdot\,\theta$, which says more than "the estimate stopped changing".
+
+**Products.** On one retained graph, $J^\top w$ is a backward pass and $J v$ a backward pass through
+that backward pass ($J^\top w$ is linear in $w$). No forward-mode rule is needed, which fused
+attention and some normalisation layers lack; fused attention lacks a second derivative too, so
+build the graph under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LinearMap = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SpectralNorm:
+    """Largest singular values with what is known of their error.
+
+    Attributes:
+        value: the estimates, shape (batch,); each a lower bound of the true value.
+        residual: the residual norms, shape (batch,), in the units of `value`.
+        products: pairs of products with J and its transpose that were spent.
+        converged: whether every residual met the tolerance.
+    """
+
+    value: Float[Tensor, " batch"]
+    residual: Float[Tensor, " batch"]
+    products: int
+    converged: bool
+
+
+def golub_kahan_norm(
+    matvec: LinearMap,
+    rmatvec: LinearMap,
+    start: Float[Tensor, "batch n"],
+    *,
+    rtol: float = 1e-3,
+    max_products: int = 100,
+) -> SpectralNorm:
+    r"""$\sigma_{\max}$ of a batch of linear maps by Golub–Kahan–Lanczos.
+
+    Args:
+        matvec: $v \mapsto A v$, from (batch, n) to (batch, m).
+        rmatvec: $u \mapsto A^\top u$, from (batch, m) to (batch, n).
+        start: the starting vectors, any non-zero length.
+        rtol: stop when every residual is at most `rtol` times its estimate.
+        max_products: the largest number of product pairs to spend.
+
+    Returns:
+        Estimates with residuals. A map that yields NaN or Inf gives NaN for its sample.
+
+    >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))[None]
+    >>> apply = lambda v: (A @ v[..., None])[..., 0]
+    >>> norm = golub_kahan_norm(apply, apply, torch.ones(1, 3))
+    >>> round(float(norm.value), 4)
+    3.0
+    """
+    right = [_unit(start)[0]]
+    left: list[Tensor] = []
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    most = min(max_products, start.shape[1])
+    while True:
+        u, alpha = _unit(_orthogonal(matvec(right[-1]), left))
+        left.append(u)
+        alphas.append(alpha)
+        v, beta = _unit(_orthogonal(rmatvec(u), right))
+        right.append(v)
+        value, residual = _ritz(alphas, betas, beta)
+        betas.append(beta)
+        settled = (residual <= rtol * value) | value.isnan()
+        if settled.all() or len(alphas) >= most:
+            return SpectralNorm(value, residual, len(alphas), bool(settled.all()))
+
+
+def jacobian_norm(
+    output: Tensor,
+    input: Tensor,
+    *,
+    generator: torch.Generator,
+    rtol: float = 1e-3,
+    max_products: int = 100,
+) -> SpectralNorm:
+    r"""$\sigma_{\max}(\partial\,output/\partial\,input)$ for every sample of a retained graph.
+
+    Args:
+        output: a tensor (batch, ...) that depends on `input` through a differentiable graph.
+        input: a tensor (batch, ...) of that graph; sample s of `output` may depend on sample s
+            of `input` alone.
+        generator: CPU generator for the starting vectors.
+        rtol: relative tolerance on the residual.
+        max_products: the largest number of product pairs to spend.
+
+    >>> x = torch.ones(2, 3, requires_grad=True)
+    >>> norm = jacobian_norm(2 * x, x, generator=torch.Generator().manual_seed(0))
+    >>> norm.value.tolist()
+    [2.0, 2.0]
+    """
+    covector = torch.zeros_like(output, requires_grad=True)
+    (pullback,) = torch.autograd.grad(output, input, covector, create_graph=True)
+
+    def matvec(v: Tensor) -> Tensor:
+        (jv,) = torch.autograd.grad(pullback, covector, v.view_as(input), retain_graph=True)
+        return jv.flatten(1)
+
+    def rmatvec(u: Tensor) -> Tensor:
+        (jtu,) = torch.autograd.grad(output, input, u.view_as(output), retain_graph=True)
+        return jtu.flatten(1)
+
+    start = torch.randn(input.shape, generator=generator, dtype=input.dtype).to(input.device)
+    return golub_kahan_norm(matvec, rmatvec, start.flatten(1), rtol=rtol, max_products=max_products)
+
+
+def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(v / |v|, |v|) per sample; a zero vector stays zero."""
+    norm = torch.linalg.vector_norm(v, dim=1)
+    return v / norm.clamp_min(torch.finfo(v.dtype).tiny)[:, None], norm
+
+
+def _orthogonal(v: Tensor, basis: list[Tensor]) -> Tensor:
+    """V less its projections on `basis`, twice, which is enough to working precision."""
+    if not basis:
+        return v
+    q = torch.stack(basis, dim=1)
+    for _ in range(2):
+        v = v - torch.einsum("bkn,bk->bn", q, torch.einsum("bkn,bn->bk", q, v))
+    return v
+
+
+def _ritz(alphas: list[Tensor], betas: list[Tensor], last: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest singular value of the bidiagonal matrix, and its residual, per sample."""
+    dtype = alphas[0].dtype
+    bidiagonal = torch.diag_embed(torch.stack(alphas, 1))
+    if betas:
+        bidiagonal = bidiagonal + torch.diag_embed(torch.stack(betas, 1), offset=1)
+    bidiagonal, end = bidiagonal.double().cpu(), last.double().cpu()
+    finite = bidiagonal.isfinite().all(dim=(1, 2)) & end.isfinite()
+    p, sigma, _ = torch.linalg.svd(torch.where(finite[:, None, None], bidiagonal, 0.0))
+    nan = torch.tensor(torch.nan, dtype=torch.float64)
+    value = torch.where(finite, sigma[:, 0], nan)
+    residual = torch.where(finite, end * p[:, -1, 0].abs(), nan)
+    return value.to(last.device, dtype), residual.to(last.device, dtype)
