@@ -37,14 +37,14 @@ def parameter_blocks(
 
     A layer that runs between the moments when $u_{i-1}$ and $u_i$ are ready belongs to $a_i$; one
     between $u_N$ and the innermost merge to the middle; one between merges $i$ and $i - 1$ to
-    $b_i$. So $a_1$ includes the input layers and $b_1$ the output layers, as in Eq. 4. Layers that do not
-    see the input (embeddings of time and labels) belong with the module that holds them if that
-    module's other layers all lie in one block, and to none otherwise.
+    $b_i$. So $a_1$ includes the input layers and $b_1$ the output layers, as in Eq. 4. Layers that
+    do not see the input (embeddings of time and labels) belong with the module that holds them if
+    that module's other layers all lie in one block, and to none otherwise.
 
     Args:
         model: the model; left as it was, its random state included.
         skips: its long skips.
-        *args: an example input; its first tensor is $x_t$.
+        *args: an example input; the first tensor of all arguments is $x_t$.
         **kwargs: further arguments.
 
     Returns:
@@ -63,12 +63,27 @@ def parameter_blocks(
                 hook = module.register_forward_hook(order.running(name), prepend=True)
                 stack.callback(hook.remove)
         frozen = {name: p.detach() for name, p in model.named_parameters()}
-        x, *rest = args
-        functional_call(model, frozen, (x.detach().requires_grad_(), *rest), kwargs)
+        track = _track_first_tensor()
+        args, kwargs = tuple(map(track, args)), {name: track(v) for name, v in kwargs.items()}
+        functional_call(model, frozen, args, kwargs)
     return {
         name: _block_of(name.rpartition(".")[0], order.block_of)
         for name, _ in model.named_parameters()
     }
+
+
+def _track_first_tensor() -> Callable[[Any], Any]:
+    """A function that makes the first tensor it is given a leaf that requires a gradient."""
+    found = False
+
+    def track(value: Any) -> Any:
+        nonlocal found
+        if found or not isinstance(value, Tensor):
+            return value
+        found = True
+        return value.detach().requires_grad_()
+
+    return track
 
 
 class _Order:

@@ -126,7 +126,7 @@ def _unet2d(model: Any) -> list[SkipConnection]:
     ]
 
 
-_FAMILIES: dict[type[nn.Module], Callable[[Any], list[SkipConnection]]] = {
+_FAMILIES: dict[type, Callable[[Any], list[SkipConnection]]] = {
     TheoryUNet: _theory_unet,
     UViT: _uvit,
     UNet2DModel: _unet2d,

@@ -104,7 +104,7 @@ class _OutputHook:
     fn: TensorFn
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.fn(_first_tensor(output))
+        return self.fn(first_tensor(output))
 
 
 @dataclass
@@ -150,7 +150,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def _first_tensor(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     """The output itself, or the first tensor of a tuple, dict or dataclass."""
     if isinstance(output, Tensor):
         return output

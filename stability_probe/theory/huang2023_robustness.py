@@ -7,9 +7,9 @@ $$\|UNet(x_t^\delta) - UNet(x_t)\| \le
   \epsilon_\delta\Big[\sum_{i=1}^{N}\kappa_i M_0^i + c_0\Big].$$
 
 The sum is of $\kappa_i$, not of $\kappa_i^2$. **Derived**: with
-$M_0 := \max_i Lip(a_i)Lip(b_i)$ and $c_0 = M_0^N L_0$ it holds rigorously, because the path through skip $i$ runs $a_1..a_i$, then
-$b_i..b_1$, and the last path runs through all blocks and the middle. Keeping each block's own
-constant is never looser:
+$M_0 := \max_i Lip(a_i)Lip(b_i)$ and $c_0 = M_0^N L_0$ it holds rigorously, because the path
+through skip $i$ runs $a_1..a_i$, then $b_i..b_1$, and the last path runs through all blocks and
+the middle. Keeping each block's own constant is never looser:
 
 $$\sum_i\kappa_i\prod_{k\le i}Lip(a_k)Lip(b_k) + L_0\prod_{k \le N}Lip(a_k)Lip(b_k).$$
 

@@ -1,0 +1,17 @@
+"""Recording: one recorder, one file a quantity."""
+
+from stability_probe.probes.batch import ProbeBatch, per_sample_mse
+from stability_probe.probes.probe import ProbeConfig, StabilityProbe
+from stability_probe.probes.records import COLUMNS, Key
+from stability_probe.probes.sensitivity import SensitivityConfig, SensitivityProbe
+
+__all__ = [
+    "COLUMNS",
+    "Key",
+    "ProbeBatch",
+    "ProbeConfig",
+    "SensitivityConfig",
+    "SensitivityProbe",
+    "StabilityProbe",
+    "per_sample_mse",
+]
