@@ -2,6 +2,8 @@
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.models import TheoryUNet, UViT, UViTConfig
+from stability_probe.probes import StabilityProbe
+from stability_probe.runs import Run
 from stability_probe.skips import (
     ConstantScaling,
     InverseSqrt2,
@@ -17,7 +19,9 @@ __all__ = [
     "ConstantScaling",
     "InverseSqrt2",
     "LearnableScaling",
+    "Run",
     "SkipConnection",
+    "StabilityProbe",
     "StabilityProbeError",
     "TheoryUNet",
     "UViT",

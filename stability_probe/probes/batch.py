@@ -16,6 +16,7 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 def per_sample_mse(output: Tensor, target: Tensor) -> Float[Tensor, " batch"]:
     """Mean squared error of every sample.
 
+    >>> import torch
     >>> per_sample_mse(torch.ones(2, 4), torch.zeros(2, 4)).tolist()
     [1.0, 1.0]
     """

@@ -60,7 +60,7 @@ class ParameterProbe:
     def _read_updates(self) -> Numbers:
         if not self._before:
             return [], torch.empty(0, device=self._parameters[0].device)
-        moved = torch._foreach_norm(_differences(self._parameters, self._before))
+        moved = torch._foreach_norm(torch._foreach_sub(self._parameters, self._before))
         sizes = torch._foreach_norm(self._parameters)
         torch._foreach_copy_(self._before, self._parameters)
         keys, values = [], []
@@ -71,7 +71,3 @@ class ParameterProbe:
             keys.append(Key("update_ratio", block.kind, block.level, "value"))
             values.append((step / size).sqrt())
         return keys, torch.stack(values)
-
-
-def _differences(after: list[Tensor], before: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch._foreach_sub(after, before)  # type: ignore[arg-type]  # the stub lists numbers only

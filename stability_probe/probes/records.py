@@ -19,8 +19,9 @@
 | `sample_grad_energy` | `a` `b` | i | `s0` ... | largest ‖∇W_p ℓ_s‖² over the block's weights |
 
 `level` is 0 where a quantity belongs to the whole network. Means, minima and maxima are over the
-samples of a step; `s0`, `s1`, ... are the single samples of the probe batch. Stats `t0`, `t1`, ... are means over the
-samples whose noise level falls into that bin of equal width, the least noisy first.
+samples of a step; `s0`, `s1`, ... are the single samples of the probe batch. Stats `t0`, `t1`, ...
+are means over the samples whose noise level falls into that bin of equal width, the least noisy
+first.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,35 @@
+"""Run folders, the small training loop, and what is recorded from them."""
+
+from stability_probe.runs.data import DATASETS, load_images
+from stability_probe.runs.recording import (
+    EnsembleConfig,
+    RecordConfig,
+    record_ensemble,
+    record_training,
+)
+from stability_probe.runs.run import Run, open_runs
+from stability_probe.runs.training import (
+    MODELS,
+    TrainConfig,
+    TrainingDiverged,
+    TrainStep,
+    build_model,
+    train,
+)
+
+__all__ = [
+    "DATASETS",
+    "MODELS",
+    "EnsembleConfig",
+    "RecordConfig",
+    "Run",
+    "TrainConfig",
+    "TrainStep",
+    "TrainingDiverged",
+    "build_model",
+    "load_images",
+    "open_runs",
+    "record_ensemble",
+    "record_training",
+    "train",
+]

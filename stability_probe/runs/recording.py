@@ -1,0 +1,203 @@
+"""Training runs and ensembles of random networks, recorded into run folders."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from stability_probe.errors import StabilityProbeError
+from stability_probe.models import TheoryUNet
+from stability_probe.probes import ProbeConfig, StabilityProbe
+from stability_probe.probes.features import FeatureProbe
+from stability_probe.probes.records import RecordBuffer
+from stability_probe.probes.summaries import summarise
+from stability_probe.runs.data import load_images
+from stability_probe.runs.run import Run
+from stability_probe.runs.training import (
+    TrainConfig,
+    TrainStep,
+    build_model,
+    noise_scheduler,
+    probe_batch,
+    train,
+)
+from stability_probe.skips import LearnableScaling, Scaling, find_skips, parse_scaling, scale_skips
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """How a training run is probed.
+
+    Attributes:
+        every: record each `every`-th step.
+        sensitivity_every: steps between the scheduled measurements; 0 for none.
+        probe_samples: samples whose energies and gradients are measured then.
+        sensitive_samples: how many of them Jacobian norms are taken on.
+        probe: further settings of the probe.
+    """
+
+    every: int = 1
+    sensitivity_every: int = 100
+    probe_samples: int = 96
+    sensitive_samples: int = 8
+    probe: ProbeConfig | None = None
+
+
+def record_training(
+    config: TrainConfig,
+    path: str | Path,
+    probing: RecordConfig | None = None,
+    on_step: Callable[[TrainStep], None] | None = None,
+) -> Run:
+    """Train a network with a probe attached and record it.
+
+    Args:
+        config: the run.
+        path: a folder for it that holds no run yet.
+        probing: what to record.
+        on_step: called after every step, e.g. to move a progress bar.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        StabilityProbeError: if the folder or the configuration cannot be used.
+        TrainingDiverged: if the loss stops being finite; the run folder says so and stays readable.
+    """
+    probing = probing or RecordConfig()
+    images = load_images(config.data)
+    run = Run(path, config.as_dict())
+    model = build_model(config, images.shape[1:])
+    batch = probe_batch(config, images, probing.probe_samples, probing.sensitive_samples)
+    skips = find_skips(model, *batch.head(1).args)
+    with ExitStack() as stack:
+        scaled = stack.enter_context(scale_skips(model, skips, scaling(config)))
+        probe = stack.enter_context(
+            StabilityProbe(
+                model,
+                skips,
+                every=probing.every,
+                sensitivity_every=probing.sensitivity_every,
+                run=run,
+                batch=batch,
+                config=probing.probe,
+            )
+        )
+        run.update(
+            {
+                "kind": "training",
+                "seed": config.seed,
+                "scheme": config.scheme,
+                "kappa": scaled.kappa,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "input": {
+                    "m": images[0].numel(),
+                    "second_moment": images.double().square().mean().item(),
+                    "mean_alpha_squared": noise_scheduler(config).alphas_cumprod.mean().item(),
+                },
+            }
+        )
+        for step in train(model, images, config):
+            probe.step(loss=step.loss)
+            if on_step is not None:
+                on_step(step)
+    return run
+
+
+def scaling(config: TrainConfig) -> Scaling:
+    """The run's scaling scheme, its weights drawn from the run's seed."""
+    scheme = parse_scaling(config.scheme)
+    if isinstance(scheme, LearnableScaling):
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        return LearnableScaling(shared=scheme.shared, generator=generator)
+    return scheme
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Random networks of Eq. 4, on which the explicit law of Theorem 3.1 is exact.
+
+    Attributes:
+        networks: how many.
+        m: width.
+        n_skips: N.
+        merge: `add` or `concat`.
+        unit_gain: blocks of mean-square gain 1 instead of 2.
+        final_relu: end blocks with a ReLU, which breaks a premise of the law.
+        samples: Gaussian inputs a network.
+        seed: the first network's seed; the others follow it.
+
+    Raises:
+        StabilityProbeError: if a number is below 1.
+    """
+
+    networks: int = 200
+    m: int = 256
+    n_skips: int = 5
+    merge: str = "add"
+    unit_gain: bool = True
+    final_relu: bool = False
+    samples: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("networks", "m", "n_skips", "samples"):
+            if getattr(self, name) < 1:
+                raise StabilityProbeError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def record_ensemble(
+    config: EnsembleConfig,
+    schemes: Sequence[str],
+    folder: str | Path,
+    on_network: Callable[[], None] | None = None,
+) -> list[Run]:
+    """Record the feature energies of random networks, under several schemes each.
+
+    Args:
+        config: the networks.
+        schemes: names of scaling schemes; every network is run under each of them.
+        folder: where the runs go, one folder a scheme; in their records a step is a network.
+        on_network: called after every network.
+
+    Returns:
+        One run a scheme.
+    """
+    runs = {name: Run(Path(folder) / name.replace(":", "-"), asdict(config)) for name in schemes}
+    buffers = {name: RecordBuffer() for name in schemes}
+    for name, run in runs.items():
+        kappa = parse_scaling(name).coefficients(config.n_skips)
+        gain = 1.0 if config.unit_gain else 2.0
+        run.begin({"kind": "ensemble", "scheme": name, "kappa": kappa, "block_gain": gain})
+    for index in range(config.networks):
+        generator = torch.Generator().manual_seed(config.seed + index)
+        net = TheoryUNet(
+            config.m,
+            config.n_skips,
+            merge=config.merge,
+            unit_gain=config.unit_gain,
+            final_relu=config.final_relu,
+            generator=generator,
+        )
+        x = torch.randn(config.samples, config.m, generator=generator)
+        skips = find_skips(net, x[:1])
+        for name, buffer in buffers.items():
+            scheme = parse_scaling(name)
+            if isinstance(scheme, LearnableScaling):
+                scheme = LearnableScaling(shared=scheme.shared, generator=generator)
+            with ExitStack() as stack:
+                stack.enter_context(scale_skips(net, skips, scheme))
+                features = FeatureProbe(skips)
+                features.attach(net, stack)
+                features.active = True
+                net(x)
+            keys, values = summarise(features.samples(1.0), None, torch.empty(0))
+            buffer.add(index + 1, keys, values)
+        if on_network is not None:
+            on_network()
+    for name, run in runs.items():
+        run.append(buffers[name].drain())
+        run.end("complete", None, {})
+    return list(runs.values())

@@ -1,0 +1,217 @@
+"""A run folder on disk.
+
+    run.json               configuration, seed, versions, skips, κ, state, the probe's own cost
+    records/part-*.parquet  records, each part written whole and renamed into place
+    verdicts.json, figures/ what was made of them
+
+A part appears under its final name when it is complete and not before, so a run that was killed
+at any moment is read up to its last part.
+"""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stability_probe.errors import StabilityProbeError
+from stability_probe.probes.records import empty_frame
+
+SCHEMA = 1
+"""Version of the layout; raised when a reader of the old one would misread the new."""
+
+_CATEGORIES = ("metric", "site", "stat")
+
+
+class Run:
+    """A folder that a training run is recorded in.
+
+    Making a `Run` touches nothing; `begin` makes the folder, `open` reads one that is there.
+
+    Args:
+        path: the folder.
+        config: what the run is: anything JSON can hold, stored in `run.json`.
+
+    >>> import tempfile
+    >>> run = Run(Path(tempfile.mkdtemp()) / "cs", {"scheme": "cs:0.7"})
+    >>> run.begin({"skips": []})
+    >>> run.info["state"]
+    'running'
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.config = dict(config or {})
+        self._parts = 0
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """A run that is on disk.
+
+        Raises:
+            StabilityProbeError: if the folder is not a run, or its `run.json` cannot be read.
+        """
+        run = cls(path)
+        if not (run.path / "run.json").is_file():
+            raise StabilityProbeError(
+                f"{run.path}: not a run folder (it has no run.json); "
+                "give a folder that `stability-probe train` or a StabilityProbe wrote"
+            )
+        schema = run.info.get("schema")
+        if schema != SCHEMA:
+            raise StabilityProbeError(
+                f"{run.path}: run.json has schema {schema!r} and this version reads {SCHEMA}"
+            )
+        run.config = dict(run.info.get("config", {}))
+        return run
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The contents of `run.json` as they are on disk.
+
+        Raises:
+            StabilityProbeError: if they are no JSON object.
+        """
+        file = self.path / "run.json"
+        try:
+            info = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise StabilityProbeError(f"{file}: cannot be read as JSON ({error})") from error
+        if not isinstance(info, dict):
+            raise StabilityProbeError(f"{file}: a JSON object is needed, got {type(info).__name__}")
+        return info
+
+    def begin(self, info: Mapping[str, Any]) -> None:
+        """Make the folder and write `run.json` with state `running`.
+
+        Raises:
+            StabilityProbeError: if the folder holds a run already, or cannot be written.
+        """
+        if (self.path / "run.json").exists():
+            raise StabilityProbeError(
+                f"{self.path}: holds a run already, which would be lost; choose another folder"
+            )
+        try:
+            (self.path / "records").mkdir(parents=True, exist_ok=True)
+            (self.path / "figures").mkdir(exist_ok=True)
+        except OSError as error:
+            raise StabilityProbeError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        start = {"schema": SCHEMA, "state": "running", "reason": None, "config": self.config}
+        self._write_info({**start, "versions": _versions(), **info})
+
+    def update(self, info: Mapping[str, Any]) -> None:
+        """Add to `run.json`, or replace what is there."""
+        self._write_info({**self.info, **info})
+
+    def append(self, frame: pd.DataFrame) -> None:
+        """Store records as a new part, whole or not at all."""
+        self._parts += 1
+        part = self.path / "records" / f"part-{self._parts:06d}.parquet"
+        partial = part.with_suffix(".partial")
+        frame.astype(dict.fromkeys(_CATEGORIES, "category")).to_parquet(partial, index=False)
+        _replace(partial, part)
+
+    def end(self, state: str, reason: str | None, info: Mapping[str, Any]) -> None:
+        """Write how the run ended: `complete`, or `failed` with the reason."""
+        self.update({"state": state, "reason": reason, **info})
+
+    def records(self) -> pd.DataFrame:
+        """All records in completed parts.
+
+        Raises:
+            StabilityProbeError: if a part is damaged.
+        """
+        parts = sorted((self.path / "records").glob("part-*.parquet"))
+        frames = []
+        for part in parts:
+            try:
+                frames.append(pd.read_parquet(part))
+            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+                raise StabilityProbeError(
+                    f"{part}: damaged ({str(error).splitlines()[0]}); move it away to read the rest"
+                ) from error
+        if not frames:
+            return empty_frame()
+        frame = pd.concat([f.astype(dict.fromkeys(_CATEGORIES, object)) for f in frames])
+        return frame.reset_index(drop=True).astype(dict.fromkeys(_CATEGORIES, "category"))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file into the folder, whole or not at all."""
+        write_json(self.path / name, value)
+
+    def _write_info(self, info: Mapping[str, Any]) -> None:
+        self.write_json("run.json", info)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all; NaN and infinities become null, as JSON has none.
+
+    Raises:
+        StabilityProbeError: if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+        _replace(partial, path)
+    except OSError as error:
+        raise StabilityProbeError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with null in the place of NaN and infinities.
+
+    >>> finite({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def open_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Runs from folders; a folder that is not a run stands for the runs directly or deeper in it.
+
+    Raises:
+        StabilityProbeError: if a path is neither a run nor contains one.
+    """
+    runs: list[Run] = []
+    for path in map(Path, paths):
+        if (path / "run.json").exists():
+            runs.append(Run.open(path))
+            continue
+        inside = sorted(file.parent for file in path.rglob("run.json"))
+        if not inside:
+            raise StabilityProbeError(
+                f"{path}: neither a run folder (no run.json) nor a folder with runs in it"
+            )
+        runs += [Run.open(folder) for folder in inside]
+    return runs
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Flush a file to disk and give it its final name."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, final)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("stability_probe", "torch", "diffusers", "accelerate", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,223 @@
+r"""A small diffusion training loop: variance-preserving noise, ε-prediction, per-sample loss.
+
+$x_t = \alpha_t x_0 + \sigma_t\epsilon$ with $\alpha_t^2 + \sigma_t^2 = 1$; the network predicts
+$\epsilon$, and $\ell_s$ is the mean squared error of sample s over its pixels. `train` is a
+generator that yields once a step, so that whoever records sees each step from outside the loop.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_constant_schedule_with_warmup
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from stability_probe.errors import StabilityProbeError
+from stability_probe.models import TheoryUNet, UViT, UViTConfig
+from stability_probe.probes import ProbeBatch, per_sample_mse
+from stability_probe.runs.data import DATASETS
+from stability_probe.skips import parse_scaling
+from stability_probe.skips.taps import first_tensor
+
+MODELS = ("uvit", "unet2d", "theory-unet")
+"""The networks that `build_model` makes."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite; the message says at which step."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        scheme: scaling of the skips, as `parse_scaling` reads it.
+        steps: optimizer steps.
+        seed: of the weights, the order of the data, the noise levels and the noise.
+        data: name of a data set.
+        model: `uvit`, `unet2d` (diffusers' UNet2DModel) or `theory-unet` (Eq. 4).
+        n_skips: N, the number of long skips; a UNet2DModel takes 4, 6, 8, ....
+        width: token width of the U-ViT, or base channels of the UNet2DModel.
+        batch_size: samples a step.
+        learning_rate: of AdamW, after the warm-up.
+        warmup: steps over which the learning rate rises from 0.
+        weight_decay: of AdamW.
+        noise_schedule: β schedule, as diffusers names it.
+        noise_levels: number T of noise levels.
+
+    Raises:
+        StabilityProbeError: if a value is out of range or a name unknown.
+    """
+
+    scheme: str = "unscaled"
+    steps: int = 300
+    seed: int = 0
+    data: str = "digits"
+    model: str = "uvit"
+    n_skips: int = 6
+    width: int = 64
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    warmup: int = 20
+    weight_decay: float = 0.01
+    noise_schedule: str = "linear"
+    noise_levels: int = 1000
+
+    def __post_init__(self) -> None:
+        parse_scaling(self.scheme)
+        for name in ("steps", "n_skips", "width", "batch_size", "noise_levels"):
+            if getattr(self, name) < 1:
+                raise StabilityProbeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise StabilityProbeError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name, value, known in (("model", self.model, MODELS), ("data", self.data, DATASETS)):
+            if value not in known:
+                raise StabilityProbeError(
+                    f"unknown {name} {value!r}; choose from {', '.join(known)}"
+                )
+        if self.model == "unet2d" and (self.n_skips < 4 or self.n_skips % 2):
+            raise StabilityProbeError(
+                f"n_skips of a unet2d must be 4, 6, 8, ... (two resolutions), got {self.n_skips}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One optimizer step, as it has just happened; the gradients are still there.
+
+    Attributes:
+        step: counted from 1.
+        loss: ℓ_s of every sample.
+        noise_level: t of every sample.
+        learning_rate: what the step was taken with.
+    """
+
+    step: int
+    loss: Float[Tensor, " batch"]
+    noise_level: Int[Tensor, " batch"]
+    learning_rate: float
+
+
+def build_model(config: TrainConfig, shape: Sequence[int]) -> nn.Module:
+    """A network for images of a shape (channels, height, width), with seeded weights.
+
+    Raises:
+        StabilityProbeError: if the network cannot take that shape.
+    """
+    channels, height, width = shape
+    if config.model == "theory-unet":
+        generator = torch.Generator().manual_seed(config.seed)
+        m = channels * height * width
+        return TheoryUNet(m, config.n_skips, unit_gain=True, generator=generator)
+    if config.model == "uvit":
+        sizes = UViTConfig(
+            img_size=height,
+            patch_size=2 if height <= 16 else 4,
+            in_chans=channels,
+            embed_dim=config.width,
+            depth=2 * config.n_skips + 1,
+        )
+        return UViT(sizes, torch.Generator().manual_seed(config.seed))
+    with torch.random.fork_rng(devices=[]):  # diffusers draws weights from the global generator
+        torch.manual_seed(config.seed)
+        unet: Any = UNet2DModel(
+            sample_size=height,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=(config.width, 2 * config.width),
+            layers_per_block=config.n_skips // 2 - 1,
+            norm_num_groups=math.gcd(config.width, 8),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            add_attention=False,
+        )
+        return cast(nn.Module, unet)
+
+
+def noise_scheduler(config: TrainConfig) -> Any:
+    """The schedule of α_t and σ_t."""
+    return DDPMScheduler(
+        num_train_timesteps=config.noise_levels, beta_schedule=config.noise_schedule
+    )
+
+
+def probe_batch(config: TrainConfig, images: Tensor, size: int, sensitive: int) -> ProbeBatch:
+    """A fixed batch of noised images, spread over the images and over the noise levels.
+
+    Args:
+        config: the run; the batch depends on its noise schedule and not on its seed.
+        images: the data (n, channels, height, width).
+        size: number of samples.
+        sensitive: how many of them Jacobian norms are taken on.
+    """
+    generator = torch.Generator().manual_seed(2023)
+    x0 = images[torch.randperm(len(images), generator=generator)[:size]]
+    noise = torch.randn(x0.shape, generator=generator)
+    t = torch.linspace(0, config.noise_levels - 1, len(x0)).long()
+    t = t[torch.randperm(len(t), generator=generator)]
+    x = noise_scheduler(config).add_noise(x0, noise, t)
+    return ProbeBatch((x, t), target=noise, sensitive=sensitive)
+
+
+def train(model: nn.Module, images: Tensor, config: TrainConfig) -> Iterator[TrainStep]:
+    """Train with AdamW after a linear warm-up; yields once a step, before gradients are zeroed.
+
+    Args:
+        model: takes (x_t, t) and predicts the noise; it is trained in place.
+        images: the data (n, channels, height, width) in [−1, 1].
+        config: the run.
+
+    Raises:
+        StabilityProbeError: if there are no images.
+        TrainingDiverged: after a step whose loss is not finite has been yielded.
+    """
+    if len(images) == 0:
+        raise StabilityProbeError("the data set is empty: at least one image is needed, got 0")
+    accelerator = Accelerator()
+    generator = torch.Generator().manual_seed(config.seed)
+    loader = DataLoader(
+        TensorDataset(images),
+        batch_size=min(config.batch_size, len(images)),
+        shuffle=True,
+        drop_last=True,
+        generator=generator,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    warmup = get_constant_schedule_with_warmup(optimizer, config.warmup)
+    model, optimizer, loader, warmup = accelerator.prepare(model, optimizer, loader, warmup)
+    scheduler = noise_scheduler(config)
+    model.train()
+    for step, x0 in enumerate(_endless(loader), start=1):
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        t = torch.randint(config.noise_levels, x0.shape[:1], generator=generator).to(x0.device)
+        output = first_tensor(model(scheduler.add_noise(x0, noise, t), t))
+        loss = per_sample_mse(output, noise)
+        accelerator.backward(loss.mean())
+        learning_rate = float(warmup.get_last_lr()[0])
+        optimizer.step()
+        warmup.step()
+        yield TrainStep(step, loss.detach(), t, learning_rate)
+        optimizer.zero_grad()
+        if not bool(loss.isfinite().all()):
+            raise TrainingDiverged(f"the loss was not finite at step {step} of {config.steps}")
+        if step >= config.steps:
+            return
+
+
+def _endless(loader: Any) -> Iterator[Tensor]:
+    while True:
+        for (x0,) in loader:
+            yield x0
