@@ -1,33 +1,7 @@
 """See, prove, fix and guard the training stability of networks with long skip connections."""
 
-from stability_probe.errors import StabilityProbeError
-from stability_probe.models import TheoryUNet, UViT, UViTConfig
-from stability_probe.probes import StabilityProbe
-from stability_probe.runs import Run
-from stability_probe.skips import (
-    ConstantScaling,
-    InverseSqrt2,
-    LearnableScaling,
-    SkipConnection,
-    Uniform,
-    Unscaled,
-    find_skips,
-    scale_skips,
-)
+import lazy_loader
 
-__all__ = [
-    "ConstantScaling",
-    "InverseSqrt2",
-    "LearnableScaling",
-    "Run",
-    "SkipConnection",
-    "StabilityProbe",
-    "StabilityProbeError",
-    "TheoryUNet",
-    "UViT",
-    "UViTConfig",
-    "Uniform",
-    "Unscaled",
-    "find_skips",
-    "scale_skips",
-]
+# Public names are listed in __init__.pyi and loaded when first used: torch and diffusers take
+# seconds to import, which `stability-probe --help` need not wait for.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

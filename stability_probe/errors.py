@@ -8,3 +8,7 @@ line and exits with code 2. Anything else that escapes is a defect of the packag
 
 class StabilityProbeError(ValueError):
     """Input or environment that the toolkit cannot work with; the message says what to do."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite; the message says at which step."""

@@ -16,6 +16,7 @@
 | `lipschitz` | `a` `b` `mid` | i | `s0` ... | the block's Jacobian norm at the sample |
 | `sample_loss` | `loss` | 0 | `s0` ... | ℓ_s |
 | `sample_energy` | `x` `h` | i | `s0` ... | ‖x_t‖², ‖h_i‖² on the probe batch |
+| `sample_kappa` | `skip` | i | `s0` ... | measured gain ‖κu‖/‖u‖ on the probe batch |
 | `sample_grad_energy` | `a` `b` | i | `s0` ... | largest ‖∇W_p ℓ_s‖² over the block's weights |
 
 `level` is 0 where a quantity belongs to the whole network. Means, minima and maxima are over the

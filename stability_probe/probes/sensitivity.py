@@ -131,13 +131,16 @@ class SensitivityProbe:
 
     @torch.no_grad()
     def sample_energies(self) -> dict[Key, Tensor]:
-        """t, ‖x_t‖² and ‖h_i‖² of every sample."""
+        """‖x_t‖², ‖h_i‖² and the gains κ_i of every sample."""
         nodes = self._graph(self.batch)
         found = {
             Key("sample_energy", "h", level, ""): sample_energy(nodes["h", level])
             for level in range(len(self.skips) + 1)
         }
         found[Key("sample_energy", "x", 0, "")] = sample_energy(self.batch.x)
+        for s in self.skips:
+            gain = sample_energy(nodes["ku", s.level]) / sample_energy(nodes["u", s.level])
+            found[Key("sample_kappa", "skip", s.level, "")] = gain.sqrt()
         return found
 
     def sample_gradients(self) -> dict[Key, Tensor]:
@@ -180,6 +183,7 @@ class SensitivityProbe:
             for s in self.skips:
                 taps = (
                     (s.skip, ("u", s.level)),
+                    (s.skip, ("ku", s.level)),
                     (s.main, ("z", s.level)),
                     (s.merged, ("merged", s.level)),
                     (OutputTap(s.block), ("h", s.level - 1)),

@@ -11,7 +11,6 @@ from stability_probe.runs.run import Run, open_runs
 from stability_probe.runs.training import (
     MODELS,
     TrainConfig,
-    TrainingDiverged,
     TrainStep,
     build_model,
     train,
@@ -25,7 +24,6 @@ __all__ = [
     "Run",
     "TrainConfig",
     "TrainStep",
-    "TrainingDiverged",
     "build_model",
     "load_images",
     "open_runs",

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.probes.records import empty_frame
+from stability_probe.probes.records import COLUMNS, empty_frame
 
 SCHEMA = 1
 """Version of the layout; raised when a reader of the old one would misread the new."""
@@ -137,7 +137,7 @@ class Run:
         frames = []
         for part in parts:
             try:
-                frames.append(pd.read_parquet(part))
+                frames.append(pd.read_parquet(part, columns=list(COLUMNS)))
             except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
                 raise StabilityProbeError(
                     f"{part}: damaged ({str(error).splitlines()[0]}); move it away to read the rest"

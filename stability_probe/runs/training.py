@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from stability_probe.errors import StabilityProbeError
+from stability_probe.errors import StabilityProbeError, TrainingDiverged
 from stability_probe.models import TheoryUNet, UViT, UViTConfig
 from stability_probe.probes import ProbeBatch, per_sample_mse
 from stability_probe.runs.data import DATASETS
@@ -27,10 +27,6 @@ from stability_probe.skips.taps import first_tensor
 
 MODELS = ("uvit", "unet2d", "theory-unet")
 """The networks that `build_model` makes."""
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite; the message says at which step."""
 
 
 @dataclass(frozen=True)

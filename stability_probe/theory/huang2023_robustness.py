@@ -24,7 +24,7 @@ import numpy as np
 
 
 def robustness_bound(
-    kappa: Sequence[float],
+    kappa: Sequence[float] | np.ndarray,
     m0: float | np.ndarray,
     l0: float | np.ndarray,
     c0: float | np.ndarray | None = None,
@@ -32,7 +32,7 @@ def robustness_bound(
     r"""$\sum_i\kappa_i M_0^i + c_0$, the paper's form of Theorem 3.4.
 
     Args:
-        kappa: $\kappa_1, \dots, \kappa_N$.
+        kappa: $\kappa_1, \dots, \kappa_N$ along the first axis; further axes are points.
         m0: $M_0$, dimensionless; a number or an array over points.
         l0: $L_0$, the Lipschitz constant of the middle block.
         c0: the additive constant; `None` takes the derived $M_0^N L_0$.
@@ -48,12 +48,15 @@ def robustness_bound(
 
 
 def blockwise_bound(
-    kappa: Sequence[float], lip_a: np.ndarray, lip_b: np.ndarray, l0: float | np.ndarray
+    kappa: Sequence[float] | np.ndarray,
+    lip_a: np.ndarray,
+    lip_b: np.ndarray,
+    l0: float | np.ndarray,
 ) -> np.ndarray:
     r"""Theorem 3.4 with each block's own constant; never above `robustness_bound` (derived).
 
     Args:
-        kappa: $\kappa_1, \dots, \kappa_N$.
+        kappa: $\kappa_1, \dots, \kappa_N$ along the first axis; further axes are points.
         lip_a: $Lip(a_1), \dots, Lip(a_N)$ along the first axis; further axes are points.
         lip_b: $Lip(b_1), \dots, Lip(b_N)$, of the same shape.
         l0: $L_0$, a number or an array over points.
@@ -71,7 +74,8 @@ def blockwise_bound(
             f"got {len(lip_a)} for a and {len(lip_b)} for b"
         )
     paths = np.cumprod(lip_a * lip_b, axis=0)
-    weights = np.reshape(np.asarray(kappa, float), (-1,) + (1,) * (paths.ndim - 1))
+    weights = np.asarray(kappa, float)
+    weights = weights.reshape(weights.shape + (1,) * (paths.ndim - weights.ndim))
     return np.asarray((weights * paths).sum(axis=0) + paths[-1] * np.asarray(l0, float))
 
 

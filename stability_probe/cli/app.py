@@ -1,0 +1,154 @@
+"""The command line: parse, call, print. Everything else is in the package's other folders.
+
+Exit codes: 0 done, 1 a training run or a check failed, 2 bad input (one line says which).
+Heavy imports are inside the commands, so that `--help` is quick.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stability_probe.errors import StabilityProbeError, TrainingDiverged
+
+# Newer versions of typer carry a copy of click and older ones import it: take the one in use.
+UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    help="See, prove and fix the training stability of networks with long skip connections.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Steps = Annotated[int, typer.Option(help="Optimizer steps of each training run.")]
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders with runs in them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs, figures and verdicts.")],
+    steps: Steps = 300,
+    seeds: Annotated[int, typer.Option(help="Seeds each scheme is trained with.")] = 1,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo in the folder.")] = False,
+) -> None:
+    """Train a U-ViT on digits under five scalings of its skips, verify the theorems, plot."""
+    from stability_probe.cli.console import print_verdicts
+    from stability_probe.cli.demo import run_demo
+
+    print_verdicts(run_demo(out, steps, seeds, overwrite))
+    print(f"figures: {out / 'figures'}\nverdicts: {out / 'verdicts.json'}\nruns: {out / 'runs'}")
+
+
+@app.command()
+def train(
+    scheme: Annotated[
+        str,
+        typer.Option(
+            help="Scaling: unscaled, inverse-sqrt2, uniform:C, cs:KAPPA, ls or ls-non-shared."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
+    steps: Steps = 300,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
+    data: Annotated[str, typer.Option(help="digits, faces, photos, mnist or uniform.")] = "digits",
+    model: Annotated[str, typer.Option(help="uvit, unet2d or theory-unet.")] = "uvit",
+    n_skips: Annotated[int, typer.Option(help="Number N of long skips.")] = 6,
+    width: Annotated[int, typer.Option(help="Token width or base channels.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 1e-3,
+    every: Annotated[int, typer.Option(help="Record each n-th step.")] = 1,
+    sensitivity_every: Annotated[
+        int, typer.Option(help="Steps between sensitivity measurements; 0 for none.")
+    ] = 100,
+) -> None:
+    """Train one network with a probe attached."""
+    from stability_probe.cli.console import progress
+    from stability_probe.runs import RecordConfig, TrainConfig, record_training
+
+    config = TrainConfig(
+        scheme=scheme, steps=steps, seed=seed, data=data, model=model, n_skips=n_skips,
+        width=width, batch_size=batch_size, learning_rate=learning_rate,
+    )  # fmt: skip
+    probing = RecordConfig(every=every, sensitivity_every=sensitivity_every)
+    with progress() as display:
+        task = display.add_task(scheme, total=steps)
+        run = record_training(config, out, probing, lambda _: display.advance(task))
+    probe = run.info["probe"]
+    print(f"run: {run.path}\nprobe overhead: {probe['overhead']:.1%} of a bare step")
+
+
+@app.command()
+def verify(
+    runs: Runs,
+    as_json: AsJson = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File for the verdicts as JSON.")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Exit with 1 if a claim is VIOLATED.")] = False,
+) -> None:
+    """Hold recorded runs against Theorems 3.1, 3.3, 3.4 and Lemma 3.2.
+
+    With one folder given, its verdicts.json is written as well.
+    """
+    from stability_probe.cli.console import print_verdicts
+    from stability_probe.runs import open_runs
+    from stability_probe.runs.run import finite, write_json
+    from stability_probe.verify import verify as verify_runs
+
+    verdicts = verify_runs(open_runs(runs))
+    rows = [v.as_dict() for v in verdicts]
+    file = out or (runs[0] / "verdicts.json" if len(runs) == 1 else None)
+    if file is not None:
+        write_json(file, rows)
+    if as_json:
+        print(json.dumps(finite(rows), indent=2, ensure_ascii=False))
+    else:
+        print_verdicts(verdicts)
+    if strict and any(v.status == "VIOLATED" for v in verdicts):
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    runs: Runs,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the figures; with one run, its own."),
+    ] = None,
+) -> None:
+    """Draw every figure that the recorded runs have the records for."""
+    from stability_probe.cli.figures import save_figures
+    from stability_probe.runs import open_runs
+
+    if out is None and len(runs) > 1:
+        raise StabilityProbeError("plot: several folders were given; say where to draw with --out")
+    for file in save_figures(open_runs(runs), out or runs[0] / "figures"):
+        print(file)
+
+
+def error(message: str) -> None:
+    """Print one line on stderr."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; every error that a user can cause becomes one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except UsageProblem as problem:
+        error(f"{problem.format_message()} See `stability-probe --help`.")
+        code = 2
+    except StabilityProbeError as problem:
+        error(str(problem))
+        code = 2
+    except TrainingDiverged as problem:
+        error(f"{problem}; what was recorded until then is kept")
+        code = 1
+    except (typer.Abort, KeyboardInterrupt):
+        error("interrupted; what was recorded is kept")
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,61 @@
+"""Figures of what was recorded beside what the theorems say."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from stability_probe.plots import tables
+from stability_probe.plots.figures import (
+    plot_coefficients,
+    plot_feature_traces,
+    plot_gradients,
+    plot_law,
+    plot_losses,
+    plot_oscillation,
+    plot_sensitivity,
+)
+from stability_probe.verify import Evidence
+from stability_probe.verify.oscillation import oscillation_table
+
+__all__ = [
+    "all_figures",
+    "plot_coefficients",
+    "plot_feature_traces",
+    "plot_gradients",
+    "plot_law",
+    "plot_losses",
+    "plot_oscillation",
+    "plot_sensitivity",
+    "tables",
+]
+
+
+def all_figures(evidence: Sequence[Evidence]) -> dict[str, Figure]:
+    """Every figure that the evidence has the records for, by file name.
+
+    Where a scheme was trained with several seeds, figures with one panel a scheme show the first.
+    """
+    training = [run for run in evidence if run.kind == "training" and run.n_skips]
+    ensembles = [run for run in evidence if run.kind == "ensemble"]
+    first: dict[str, Evidence] = {}
+    for run in training:
+        first.setdefault(tables.scheme_label(run), run)
+    sampled = [run for run in first.values() if len(run.sampled_steps)]
+    figures: dict[str, Figure] = {}
+    if first:
+        labels = {run.name: tables.scheme_label(run) for run in training}
+        ranges = oscillation_table(training)
+        figures["features"] = plot_feature_traces(tables.feature_traces(list(first.values())))
+        figures["oscillation"] = plot_oscillation(ranges.assign(scheme=ranges.run.map(labels)))
+        figures["coefficients"] = plot_coefficients(tables.coefficients(training))
+    gradients = tables.gradient_energies(sampled)
+    if len(gradients):
+        figures["gradients"] = plot_gradients(gradients)
+    if sampled:
+        figures["sensitivity"] = plot_sensitivity(tables.sensitivities(sampled))
+    losses = tables.losses(training)
+    if len(losses):
+        figures["loss"] = plot_losses(losses)
+    if ensembles:
+        figures["law"] = plot_law(tables.law(ensembles))
+    return figures

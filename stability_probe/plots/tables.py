@@ -1,0 +1,161 @@
+"""From evidence to the tidy frames that figures are drawn from."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from stability_probe.theory import feature_band
+from stability_probe.verify import Evidence
+from stability_probe.verify.feature_band import fit_bands
+from stability_probe.verify.feature_law import law_table
+from stability_probe.verify.gradients import BLOCKS, gradient_bounds
+from stability_probe.verify.robustness import robustness_chain
+
+_LABELS = {
+    "unscaled": "unscaled",
+    "inverse-sqrt2": "1/√2",
+    "uniform:0": "no skips (κ = 0)",
+    "ls": "LS (learned)",
+    "ls-non-shared": "LS (one gate a skip)",
+}
+
+
+def scheme_label(run: Evidence) -> str:
+    """What a figure calls a run's scaling scheme.
+
+    >>> scheme_label(Evidence("x", pd.DataFrame(columns=["step", "metric", "site", "level",
+    ...     "stat", "value"]), {"scheme": "cs:0.7"}))
+    'CS (κ = 0.7)'
+    """
+    scheme = str(run.info.get("scheme", run.name))
+    kind, _, number = scheme.partition(":")
+    named = {"cs": f"CS (κ = {number})", "uniform": f"uniform (κ = {number})"}
+    return _LABELS.get(scheme) or named.get(kind, scheme)
+
+
+def feature_traces(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """‖h_i‖² over training: scheme, level, step, energy, and the fitted band where measured.
+
+    Returns:
+        `lower` and `upper` are NaN at the steps between scheduled measurements.
+    """
+    frames = []
+    for run in runs:
+        frame = run.series("energy", "h").reset_index().melt("step", value_name="energy")
+        frame = frame.assign(scheme=scheme_label(run), lower=np.nan, upper=np.nan)
+        x = float(run.series("energy", "x")[0].mean())
+        usable = run.samples("sample_energy", "h")
+        bands = fit_bands(run) if usable.size and np.isfinite(usable).all() else []
+        for step, band in zip(run.sampled_steps, bands, strict=False):
+            for level in frame.level.unique():
+                low, high = feature_band(
+                    run.kappa, int(level), x, rho=band.rho, c1=band.c1, c2=band.c2, c3=band.c2,
+                    index="tight",
+                )  # fmt: skip
+                here = (frame.step == step) & (frame.level == level)
+                frame.loc[here, ["lower", "upper"]] = [float(low), float(high)]
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def gradient_energies(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """Per-sample gradient energies at the last measured step, with their calibrated bounds.
+
+    Returns:
+        scheme, block (`a` or `b`), level, sample, measured, bound.
+    """
+    frames = []
+    for run in runs:
+        if not run.samples("sample_grad_energy", "a").size:
+            continue
+        bounds = gradient_bounds(run)
+        for q in BLOCKS:
+            measured = run.samples("sample_grad_energy", q)[-1]
+            level, sample = np.indices(measured.shape)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "scheme": scheme_label(run),
+                        "block": q,
+                        "level": level.ravel() + 1,
+                        "sample": sample.ravel(),
+                        "measured": measured.ravel(),
+                        "bound": bounds[q][-1].ravel(),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def sensitivities(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """The chain of Theorem 3.4 at every probed point: scheme, step, sample, quantity, value."""
+    names = {
+        "paper": "Theorem 3.4: Σκᵢ M₀ⁱ + M₀ᴺ L₀",
+        "blockwise": "block by block",
+        "exact": "σ$_{max}$(J), exact",
+        "secant": "measured: largest ‖Δout‖/ε",
+    }
+    frames = []
+    for run in runs:
+        chain = robustness_chain(run)
+        for field, name in names.items():
+            values = getattr(chain, field)
+            row, sample = np.indices(values.shape)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "scheme": scheme_label(run),
+                        "step": run.sampled_steps[row.ravel()] if values.size else [],
+                        "sample": sample.ravel(),
+                        "quantity": name,
+                        "value": values.ravel(),
+                    }
+                )
+            )
+    return pd.concat(frames, ignore_index=True)
+
+
+def coefficients(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """κ_i over training: scheme, learned, level, step, mean, min, max over samples."""
+    frames = []
+    for run in runs:
+        rows = run.frame[run.frame.metric == "kappa"]
+        frame = rows.pivot(index=["step", "level"], columns="stat", values="value").reset_index()
+        frames.append(frame.assign(scheme=scheme_label(run), learned=run.input_dependent))
+    return pd.concat(frames, ignore_index=True)
+
+
+def losses(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """The batch-mean loss: scheme, run, step, loss."""
+    frames = []
+    for run in runs:
+        loss = run.series("loss", "loss")
+        if not loss.empty:
+            frame = loss[0].rename("loss").reset_index()
+            frames.append(frame.assign(scheme=scheme_label(run), run=run.name))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def law(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """Predicted and measured ‖h_i‖²/‖x_t‖² of random networks.
+
+    Returns:
+        scheme, level, predicted, measured (mean over networks) and its standard error.
+    """
+    frames = []
+    for run in runs:
+        predicted, measured = law_table(run)
+        error = measured.std(axis=0, ddof=1) / np.sqrt(len(measured)) if len(measured) > 1 else 0
+        frames.append(
+            pd.DataFrame(
+                {
+                    "scheme": scheme_label(run),
+                    "level": np.arange(len(predicted)),
+                    "predicted": predicted,
+                    "measured": measured.mean(axis=0),
+                    "error": error,
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)

@@ -1,0 +1,125 @@
+"""Records and what is known about the run they come from, in the shape that claims need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stability_probe.errors import StabilityProbeError
+from stability_probe.probes import COLUMNS
+from stability_probe.runs import Run
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The records of one run.
+
+    Attributes:
+        name: what to call the run.
+        frame: its records.
+        info: its `run.json`; empty for a bare frame.
+
+    Raises:
+        StabilityProbeError: if the frame has not the columns of records.
+    """
+
+    name: str
+    frame: pd.DataFrame
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = [name for name in COLUMNS if name not in self.frame.columns]
+        if missing:
+            raise StabilityProbeError(
+                f"{self.name}: records need the columns {', '.join(COLUMNS)}; "
+                f"missing: {', '.join(missing)}"
+            )
+
+    @classmethod
+    def of(cls, run: Run) -> "Evidence":
+        """The evidence in a run folder."""
+        info = run.info
+        return cls(str(info.get("scheme", run.name)), run.records(), info)
+
+    @property
+    def kind(self) -> str:
+        """`training`, or `ensemble` for random networks."""
+        return str(self.info.get("kind", "training"))
+
+    @cached_property
+    def n_skips(self) -> int:
+        """N, from the levels of the recorded gains."""
+        levels = self._select("kappa", "skip").level
+        return int(levels.max()) if len(levels) else 0
+
+    @cached_property
+    def kappa(self) -> list[float]:
+        """κ_1..κ_N: the constants if the scheme has them, else the mean measured gains."""
+        if self.info.get("kappa"):
+            return [float(k) for k in self.info["kappa"]]
+        measured = self.series("kappa", "skip")
+        return [float(measured[level].mean()) for level in range(1, self.n_skips + 1)]
+
+    @property
+    def input_dependent(self) -> bool:
+        """Whether κ_i depends on the input, so that the theorems do not literally apply."""
+        return bool(self.info) and self.info.get("kappa") is None
+
+    def series(self, metric: str, site: str, stat: str = "mean") -> pd.DataFrame:
+        """A quantity over time: one row a step, one column a level."""
+        rows = self._select(metric, site)
+        rows = rows[rows.stat == stat]
+        return rows.pivot(index="step", columns="level", values="value")
+
+    def samples(self, metric: str, site: str) -> np.ndarray:
+        """A scheduled measurement: (steps, levels, samples), levels rising; empty if not taken."""
+        rows = self._select(metric, site)
+        rows = rows[rows.stat.astype(str).str.fullmatch(r"s\d+")]
+        if rows.empty:
+            return np.empty((0, 0, 0))
+        index = rows.stat.astype(str).str[1:].astype(int)
+        steps, step = np.unique(rows.step, return_inverse=True)
+        levels, level = np.unique(rows.level, return_inverse=True)
+        table = np.full((len(steps), len(levels), int(index.max()) + 1), np.nan)
+        table[step, level, index] = rows.value
+        return table
+
+    @cached_property
+    def sampled_steps(self) -> np.ndarray:
+        """The steps at which scheduled measurements were taken."""
+        rows = self._select("sample_energy", "x")
+        return np.unique(rows.step)
+
+    def sampled_kappa(self) -> np.ndarray:
+        """κ_i on the probe batch: (steps, levels, samples); constants where they are known."""
+        measured = self.samples("sample_kappa", "skip")
+        if self.input_dependent or not self.info:
+            return measured
+        return np.broadcast_to(np.reshape(self.kappa, (1, -1, 1)), measured.shape)
+
+    def _select(self, metric: str, site: str) -> pd.DataFrame:
+        return self.frame[(self.frame.metric == metric) & (self.frame.site == site)]
+
+
+def gather(source: pd.DataFrame | Run | Sequence[Run]) -> list[Evidence]:
+    """The evidence in a frame of records, in a run, or in several runs, the largest Σκ² first.
+
+    Raises:
+        StabilityProbeError: if there is nothing.
+    """
+    if isinstance(source, pd.DataFrame):
+        return [Evidence("records", source)]
+    runs = [source] if isinstance(source, Run) else list(source)
+    if not runs:
+        raise StabilityProbeError("verify: at least one run is needed, got none")
+    found = sorted(map(Evidence.of, runs), key=lambda e: -sum(k**2 for k in e.kappa))
+    several_seeds = len({(e.kind, e.name) for e in found}) < len(found)
+    if not several_seeds:
+        return found
+    return [
+        Evidence(f"{e.name} seed {e.info['seed']}" if "seed" in e.info else e.name, e.frame, e.info)
+        for e in found
+    ]

@@ -1,0 +1,73 @@
+"""The explicit law of Theorem 3.1 on random networks of Eq. 4, where its constants are known."""
+
+import numpy as np
+
+from stability_probe.theory import feature_energy_law
+from stability_probe.verify.evidence import Evidence
+from stability_probe.verify.statistics import bootstrap_interval, equality_status
+from stability_probe.verify.verdict import Verdict
+
+WIDEST = 0.5
+"""A wider interval of the slope supports nothing."""
+FLAT = 0.05
+"""Relative spread of the predictions below which an intercept cannot be told from a slope."""
+
+
+def law_table(run: Evidence) -> tuple[np.ndarray, np.ndarray]:
+    """The law's prediction and the measurement of ‖h_i‖²/‖x_t‖².
+
+    Where κ depends on the input, the energy-weighted gain E‖κu‖²/E‖u‖² takes the place of κ², which
+    keeps the law exact: decoder blocks are independent of the gates.
+
+    Returns:
+        Predicted (levels,), and measured (networks, levels).
+    """
+    if run.input_dependent:
+        weighted = run.series("energy", "ku").mean() / run.series("energy", "u").mean()
+        kappa = [float(k) for k in np.sqrt(weighted)]
+    else:
+        kappa = run.kappa
+    gain = float(run.info.get("block_gain", 1.0))
+    predicted = feature_energy_law(kappa, alpha=gain, beta=gain, gamma=gain)
+    energy = run.series("energy", "h").to_numpy() / run.series("energy", "x").to_numpy()
+    return predicted, energy
+
+
+def feature_law_verdict(run: Evidence) -> Verdict:
+    """Slope and intercept of measured against predicted energies over levels.
+
+    The units are networks: each has a slope and an intercept of its own, and their means are
+    tested. Where all predictions are the same (no skips), the line is put through the origin.
+    """
+    predicted, measured = law_table(run)
+    flat = np.ptp(predicted) <= FLAT * predicted.mean()
+    centred = predicted - (0.0 if flat else predicted.mean())
+    slopes = measured @ centred / (centred @ centred)
+    intercepts = np.zeros_like(slopes) if flat else measured.mean(1) - slopes * predicted.mean()
+    n = len(slopes)
+    interval = bootstrap_interval(lambda nets: float(slopes[nets].mean()), n)
+    offset = bootstrap_interval(lambda nets: float(intercepts[nets].mean()), n)
+    status = equality_status(interval, 1.0, WIDEST)
+    if status == "HOLDS" and offset is not None and not offset[0] <= 0 <= offset[1]:
+        status = "VIOLATED"
+    line = "line through the origin" if flat or offset is None else (
+        f"intercept {intercepts.mean():.2g} [{offset[0]:.2g}, {offset[1]:.2g}]"
+    )  # fmt: skip
+    meaning = {
+        "HOLDS": "the constants of Theorem 3.1 are what the derivation says",
+        "VIOLATED": "a premise fails: κ as stated, zero-mean last layers, or the blocks' gains",
+        "INCONCLUSIVE": "too few networks to tell; record more",
+    }[status]
+    return Verdict(
+        "3.1",
+        run.name,
+        "explicit law of E‖h_i‖² on random networks",
+        status,
+        measured=float(measured[:, 0].mean()),
+        bound=float(predicted[0]),
+        statistic="slope",
+        estimate=float(slopes.mean()),
+        interval=interval,
+        n=n,
+        advice=f"{meaning}; {line}",
+    )

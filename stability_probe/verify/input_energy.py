@@ -1,0 +1,56 @@
+"""Lemma 3.2: the mean energy of x_t is what the noise schedule and the data's second moment say."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from stability_probe.theory import input_energy
+from stability_probe.verify.evidence import Evidence
+from stability_probe.verify.statistics import bootstrap_interval, equality_status
+from stability_probe.verify.verdict import Verdict
+
+WIDEST = 0.1
+"""An interval of measured / predicted wider than this supports nothing."""
+
+
+def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
+    """Measured against predicted mean ‖x_t‖², over runs that share data and noise schedule.
+
+    The units of the interval are training steps, whose batches are drawn afresh. Runs with one seed
+    are trained on the same x_t, so one run a seed is used.
+    """
+    claim = "mean ‖x_t‖² = (1 − (1 − s₀²) E[α²]) m"
+    described = [run for run in runs if "input" in run.info]
+    if not described:
+        return Verdict(
+            "3.2", _names(runs), claim, "INCONCLUSIVE",
+            advice="the records do not say what data and noise schedule they come from; "
+            "pass a Run whose run.json has `input`",
+        )  # fmt: skip
+    by_seed = {run.info.get("seed"): run for run in described}
+    energies = np.concatenate([run.series("energy", "x")[0] for run in by_seed.values()])
+    predicted = input_energy(**described[0].info["input"])
+    ratio = energies / predicted
+    interval = bootstrap_interval(lambda steps: float(ratio[steps].mean()), len(ratio))
+    status = equality_status(interval, 1.0, WIDEST)
+    return Verdict(
+        "3.2",
+        _names(runs),
+        claim,
+        status,
+        measured=float(energies.mean()),
+        bound=predicted,
+        statistic="measured / predicted",
+        estimate=float(ratio.mean()),
+        interval=interval,
+        n=len(ratio),
+        advice={
+            "HOLDS": "the inputs have the energy that the theorems assume",
+            "VIOLATED": "the data or the noise schedule is not what run.json says",
+            "INCONCLUSIVE": "too few steps to tell; record more",
+        }[status],
+    )
+
+
+def _names(runs: Sequence[Evidence]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"

@@ -1,0 +1,103 @@
+"""Theorem 3.4: measured sensitivity ≤ σ_max(J) ≤ the bound, at every probed point."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stability_probe.theory import blockwise_bound, max_block_gain, robustness_bound
+from stability_probe.verify.evidence import Evidence
+from stability_probe.verify.statistics import share_interval
+from stability_probe.verify.verdict import Verdict
+
+TOLERANCE = 1e-2
+"""Relative error allowed to σ_max(J), and to secants of a finite step, in every comparison."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The quantities of Theorem 3.4 at every probed point, each (steps, samples).
+
+    Attributes:
+        secant: largest ‖Δoutput‖/ε_δ over random directions, at the smallest ε_δ.
+        exact: σ_max(J).
+        blockwise: the bound with each block's own Lipschitz constant at the point.
+        paper: the bound with M_0 and L_0 at the point.
+    """
+
+    secant: np.ndarray
+    exact: np.ndarray
+    blockwise: np.ndarray
+    paper: np.ndarray
+
+    @property
+    def ordered(self) -> np.ndarray:
+        """Where each is no larger than the next."""
+        above = 1 + TOLERANCE
+        return np.asarray(
+            (self.secant <= self.exact * above)
+            & (self.exact <= self.blockwise * above)
+            & (self.blockwise <= self.paper * (1 + 1e-6))
+        )
+
+
+def robustness_chain(run: Evidence) -> Chain:
+    """Assemble the chain from recorded secants, norms and gains; empty if none were recorded."""
+    exact = run.samples("sigma_max", "J")
+    if not exact.size:
+        nothing = np.empty((0, 0))
+        return Chain(nothing, nothing, nothing, nothing)
+    secants = run.frame[run.frame.metric == "secant"].site.unique()
+    smallest = min(secants, key=lambda site: float(site.removeprefix("eps=")))
+    few = exact.shape[2]
+    kappa = np.moveaxis(run.sampled_kappa()[:, :, :few], 1, 0)  # levels first
+    lip_a = np.moveaxis(run.samples("lipschitz", "a"), 1, 0)
+    lip_b = np.moveaxis(run.samples("lipschitz", "b"), 1, 0)
+    l0 = run.samples("lipschitz", "mid")[:, 0]
+    return Chain(
+        secant=run.samples("secant", smallest)[:, 0],
+        exact=exact[:, 0],
+        blockwise=blockwise_bound(kappa, lip_a, lip_b, l0),
+        paper=robustness_bound(kappa, max_block_gain(lip_a, lip_b), l0),
+    )
+
+
+def robustness_verdict(run: Evidence) -> Verdict:
+    """Whether the chain holds at every probed point, with the slack at its tightest point."""
+    claim = "‖Δout‖/ε ≤ σ_max(J) ≤ Σκ_i M₀ⁱ + M₀ᴺL₀ at every point"
+    chain = robustness_chain(run)
+    if not chain.exact.size:
+        return Verdict(
+            "3.4", run.name, claim, "INCONCLUSIVE",
+            advice="no sensitivity was measured; set sensitivity_every above 0",
+        )  # fmt: skip
+    known = np.isfinite(chain.exact) & np.isfinite(chain.paper) & (chain.exact > 0)
+    if not known.all():
+        return Verdict(
+            "3.4", run.name, claim, "ASSUMPTION_UNMET", n=int(known.size),
+            advice=f"σ_max(J) is 0 or not finite at {int((~known).sum())} of {known.size} points",
+        )  # fmt: skip
+    ordered, n = chain.ordered, int(chain.exact.size)
+    share = float(ordered.mean())
+    tightest = int(np.argmin(chain.paper / chain.exact))
+    looseness = float(np.median(chain.paper / chain.exact))
+    blockwise = float(np.median(chain.blockwise / chain.exact))
+    secant = float(np.median(chain.exact / chain.secant))
+    note = (
+        f"median slack {looseness:.3g} (blockwise {blockwise:.3g}); "
+        f"σ_max(J) is {secant:.2g} times the largest random secant"
+    )
+    if run.input_dependent:
+        note += "; κ is the measured gain: the theorem leaves out how gates change with the input"
+    return Verdict(
+        "3.4",
+        run.name,
+        claim,
+        "HOLDS" if ordered.all() else "VIOLATED",
+        measured=float(chain.exact.ravel()[tightest]),
+        bound=float(chain.paper.ravel()[tightest]),
+        statistic="share of points",
+        estimate=share,
+        interval=share_interval(share, n),
+        n=n,
+        advice=note,
+    )

@@ -1,0 +1,65 @@
+"""What a verdict is."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Status = Literal["HOLDS", "VIOLATED", "ASSUMPTION_UNMET", "INCONCLUSIVE"]
+Theorem = Literal["3.1", "3.2", "3.3", "3.4"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim of a theorem, held against records.
+
+    Attributes:
+        theorem: `"3.1"`, `"3.2"` (the lemma), `"3.3"` or `"3.4"` of Huang et al. (2023).
+        run: the run the claim was tested on, or what the runs have in common.
+        claim: the claim in words.
+        status: HOLDS, VIOLATED, ASSUMPTION_UNMET or INCONCLUSIVE.
+        measured: the measured quantity, in the units of `bound`; `None` if it could not be had.
+        bound: what the theorem says of it; `None` where it gives an order of magnitude alone.
+        slack: bound / measured; near 1 is tight, far above 1 is true and worthless.
+        statistic: what the status rests on, in words.
+        estimate: its value.
+        interval: its 95% interval, `None` where there is none.
+        n: number of independent units behind the interval (networks, images, steps or runs).
+        advice: what to make of it, or what more is needed.
+
+    Raises:
+        ValueError: if the status or theorem is unknown, or the interval is upside down.
+    """
+
+    theorem: Theorem
+    run: str
+    claim: str
+    status: Status
+    measured: float | None = None
+    bound: float | None = None
+    statistic: str = ""
+    estimate: float | None = None
+    interval: tuple[float, float] | None = None
+    n: int = 0
+    advice: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise ValueError(f"unknown status {self.status!r}; it is one of {get_args(Status)}")
+        if self.theorem not in get_args(Theorem):
+            raise ValueError(f"unknown theorem {self.theorem!r}; it is one of {get_args(Theorem)}")
+        if self.interval is not None and self.interval[0] > self.interval[1]:
+            raise ValueError(f"interval {self.interval} is upside down")
+
+    @property
+    def slack(self) -> float | None:
+        """Bound / measured.
+
+        >>> Verdict("3.4", "cs", "chain", "HOLDS", measured=2.0, bound=8.0).slack
+        4.0
+        """
+        if self.bound is None or not self.measured:
+            return None
+        return self.bound / self.measured
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return {**asdict(self), "slack": self.slack}
