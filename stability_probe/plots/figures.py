@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 PALETTE: list[Any] = list(sns.color_palette("colorblind"))
 MEASURED, BOUND = PALETTE[0], PALETTE[3]
+SCHEMES = [colour for colour in PALETTE if colour != BOUND]
+"""Colours of schemes, in the order of the table; the bound keeps its own."""
 STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -68,7 +70,7 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
     figure, axes = _grid(1, len(levels), sharey="row", size=(3.1, 3.4))
     positive = table.skip_energy[table.skip_energy > 0]
     smallest = float(positive.min()) if len(positive) else 1.0
-    colours = dict(zip(table.scheme.unique(), PALETTE, strict=False))
+    colours = dict(zip(table.scheme.unique(), SCHEMES, strict=False))
     for c, level in enumerate(levels):
         ax: Axes = axes[0, c]
         mine = table[table.level == level]
@@ -151,7 +153,8 @@ def plot_sensitivity(table: pd.DataFrame) -> Figure:
             ax.plot(spread.index, spread["median"], "o-", color=colour, ms=4, label=quantity)
         final = mine[mine.step == mine.step.max()].groupby("quantity").value.median()
         slack = final[quantities[0]] / final[quantities[2]]
-        ax.text(0.98, 0.98, f"slack at the end: {float(f'{slack:.2g}'):,g}×", transform=ax.transAxes, ha="right",
+        label = f"slack at the end: {float(f'{slack:.2g}'):,g}×"
+        ax.text(0.98, 0.98, label, transform=ax.transAxes, ha="right",
                 va="top", fontsize=8)  # fmt: skip
         ax.set_yscale("log")
         ax.margins(y=0.12)
@@ -173,7 +176,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
     figure, axes = _grid(1, 2 if len(learned) else 1, size=(5.0, 3.8))
     ax: Axes = axes[0, 0]
     schemes = list(table.scheme.unique())
-    for colour, scheme in zip(PALETTE, schemes, strict=False):
+    for colour, scheme in zip(SCHEMES, schemes, strict=False):
         mine = table[table.scheme == scheme]
         last = mine[mine.step == mine.step.max()].groupby("level")[["mean", "min", "max"]].mean()
         ax.plot(last.index, last["mean"], "o-", color=colour, label=scheme, ms=4)
@@ -204,7 +207,7 @@ def plot_losses(table: pd.DataFrame) -> Figure:
     """
     figure, axes = _grid(1, 1, size=(6.0, 4.0))
     ax: Axes = axes[0, 0]
-    for colour, scheme in zip(PALETTE, table.scheme.unique(), strict=False):
+    for colour, scheme in zip(SCHEMES, table.scheme.unique(), strict=False):
         for k, (_, run) in enumerate(table[table.scheme == scheme].groupby("run")):
             smooth = run.set_index("step").loss.ewm(span=max(2, len(run) // 20)).mean()
             ax.plot(run.step, run.loss, color=colour, alpha=0.15, lw=0.7)
@@ -226,7 +229,7 @@ def plot_law(table: pd.DataFrame) -> Figure:
     ax: Axes = axes[0, 0]
     ends = np.array([table.predicted.min() * 0.9, table.predicted.max() * 1.1])
     ax.plot(ends, ends, color=BOUND, lw=1, label="explicit law of Theorem 3.1")
-    for colour, scheme in zip(PALETTE, table.scheme.unique(), strict=False):
+    for colour, scheme in zip(SCHEMES, table.scheme.unique(), strict=False):
         mine = table[table.scheme == scheme]
         ax.errorbar(mine.predicted, mine.measured, yerr=1.96 * mine.error, fmt="o", ms=4,
                     color=colour, capsize=2, label=scheme)  # fmt: skip
