@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
-from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,8 +19,17 @@ from rich.text import Text
 
 from stability_probe.verify import Verdict
 
-PIPE_WIDTH = 180
+PIPE_WIDTH = 140
 """Columns of a table that is not printed to a terminal."""
+_COLUMNS = {
+    "run": 24,
+    "measured": 10,
+    "bound": 10,
+    "slack": 10,
+    "rests on": 52,
+    "n": 5,
+    "verdict": 16,
+}
 _COLOURS = {
     "HOLDS": "green",
     "VIOLATED": "red",
@@ -30,26 +39,39 @@ _COLOURS = {
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Print a table of verdicts, and below it what to make of those that do not hold."""
+    """Print verdicts claim by claim, and below them what to make of those that do not hold.
+
+    The columns: run, measured value, bound, slack = bound / measured, the statistic that the verdict
+    rests on with its 95 % interval, number of independent units, verdict.
+    """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("theorem", "run", "claim"):
-        table.add_column(name)
-    for name in ("measured", "bound", "slack"):
-        table.add_column(name, justify="right")
-    table.add_column("rests on")
-    table.add_column("value [95 % interval]")
-    table.add_column("n", justify="right")
-    table.add_column("verdict", no_wrap=True)
-    for v in verdicts:
-        name = "Lemma 3.2" if v.theorem == "3.2" else v.theorem
-        numbers = [_number(x) for x in (v.measured, v.bound, v.slack)]
-        cells = [name, v.run, v.claim, *numbers, v.statistic, _estimate(v), str(v.n)]
-        table.add_row(*map(Text, cells), Text(v.status, style=_COLOURS[v.status]))
-    console.print(table)
+    header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [95 % interval]"}
+    console.print(_table([[Text(text, style="bold") for text in header.values()]]))
+    for (theorem, claim), group in groupby(verdicts, key=lambda v: (v.theorem, v.claim)):
+        kind = "Lemma" if theorem == "3.2" else "Theorem"
+        console.print(Text(f"\n{kind} {theorem}: {claim}", style="bold"), soft_wrap=True)
+        console.print(_table([_row(v) for v in group]))
+    print()
     for v in verdicts:
         if v.status != "HOLDS":
             console.print(Text(f"{v.status}  {v.theorem} {v.run}: {v.advice}"), soft_wrap=True)
+
+
+def _row(v: Verdict) -> list[Text]:
+    numbers = [_number(x) for x in (v.measured, v.bound, v.slack)]
+    cells = [Text(text) for text in (v.run, *numbers, _rests_on(v), str(v.n))]
+    return [*cells, Text(v.status, style=_COLOURS[v.status])]
+
+
+def _table(rows: Sequence[Sequence[Text]]) -> Table:
+    """Rows with the widths of `_COLUMNS`, so that one table's columns continue the last one's."""
+    table = Table.grid(padding=(0, 1))
+    for name, width in _COLUMNS.items():
+        left = name in ("run", "rests on", "verdict")
+        table.add_column(width=width, justify="left" if left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 @contextmanager
@@ -71,8 +93,10 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def _estimate(verdict: Verdict) -> str:
+def _rests_on(verdict: Verdict) -> str:
+    if verdict.estimate is None:
+        return "–"
     if verdict.interval is None:
-        return _number(verdict.estimate)
+        return f"{verdict.statistic}: {_number(verdict.estimate)}"
     low, high = verdict.interval
-    return f"{_number(verdict.estimate)} [{low:.3g}, {high:.3g}]"
+    return f"{verdict.statistic}: {_number(verdict.estimate)} [{low:.3g}, {high:.3g}]"

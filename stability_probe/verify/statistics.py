@@ -1,5 +1,6 @@
 """The few statistics that verdicts rest on: intervals over independent units."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -32,14 +33,16 @@ def bootstrap_interval(
     """
     if n < 2:
         return None
-    drawn = stats.bootstrap(
-        (np.arange(n),),
-        statistic,
-        n_resamples=resamples,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).bootstrap_distribution
+    with warnings.catch_warnings():  # undefined resamples are left out below
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        drawn = stats.bootstrap(
+            (np.arange(n),),
+            statistic,
+            n_resamples=resamples,
+            vectorized=False,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        ).bootstrap_distribution
     drawn = drawn[np.isfinite(drawn)]
     if drawn.size == 0:
         return None
