@@ -41,8 +41,8 @@ _COLOURS = {
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print verdicts claim by claim, and below them what to make of those that do not hold.
 
-    The columns: run, measured value, bound, slack = bound / measured, the statistic that the verdict
-    rests on with its 95 % interval, number of independent units, verdict.
+    The columns: run, measured value, bound, slack = bound / measured, the statistic that the
+    verdict rests on with its 95 % interval, number of independent units, verdict.
     """
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [95 % interval]"}

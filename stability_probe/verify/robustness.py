@@ -7,7 +7,7 @@ import numpy as np
 from stability_probe.theory import blockwise_bound, max_block_gain, robustness_bound
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import share_interval
-from stability_probe.verify.verdict import Verdict
+from stability_probe.verify.verdict import Status, Verdict
 
 TOLERANCE = 1e-2
 """Relative error allowed to σ_max(J), and to secants of a finite step, in every comparison."""
@@ -19,13 +19,15 @@ class Chain:
 
     Attributes:
         secant: largest ‖Δoutput‖/ε_δ over random directions, at the smallest ε_δ.
-        exact: σ_max(J).
+        exact: σ_max(J), estimated from below.
+        residual: residual norm of that estimate.
         blockwise: the bound with each block's own Lipschitz constant at the point.
         paper: the bound with M_0 and L_0 at the point.
     """
 
     secant: np.ndarray
     exact: np.ndarray
+    residual: np.ndarray
     blockwise: np.ndarray
     paper: np.ndarray
 
@@ -45,7 +47,7 @@ def robustness_chain(run: Evidence) -> Chain:
     exact = run.samples("sigma_max", "J")
     if not exact.size:
         nothing = np.empty((0, 0))
-        return Chain(nothing, nothing, nothing, nothing)
+        return Chain(nothing, nothing, nothing, nothing, nothing)
     secants = run.frame[run.frame.metric == "secant"].site.unique()
     smallest = min(secants, key=lambda site: float(site.removeprefix("eps=")))
     few = exact.shape[2]
@@ -56,6 +58,7 @@ def robustness_chain(run: Evidence) -> Chain:
     return Chain(
         secant=run.samples("secant", smallest)[:, 0],
         exact=exact[:, 0],
+        residual=run.samples("sigma_max_residual", "J")[:, 0],
         blockwise=blockwise_bound(kappa, lip_a, lip_b, l0),
         paper=robustness_bound(kappa, max_block_gain(lip_a, lip_b), l0),
     )
@@ -86,13 +89,17 @@ def robustness_verdict(run: Evidence) -> Verdict:
         f"median slack {looseness:.3g} (blockwise {blockwise:.3g}); "
         f"σ_max(J) is {secant:.2g} times the largest random secant"
     )
+    unsettled = int((chain.residual > TOLERANCE * chain.exact).sum())
+    if unsettled:
+        note += f"; σ_max(J) did not settle at {unsettled} points: raise max_products"
+    status: Status = "INCONCLUSIVE" if unsettled else "HOLDS"
     if run.input_dependent:
         note += "; κ is the measured gain: the theorem leaves out how gates change with the input"
     return Verdict(
         "3.4",
         run.name,
         claim,
-        "HOLDS" if ordered.all() else "VIOLATED",
+        status if ordered.all() else "VIOLATED",
         measured=float(chain.exact.ravel()[tightest]),
         bound=float(chain.paper.ravel()[tightest]),
         statistic="share of points",
