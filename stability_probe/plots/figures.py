@@ -80,7 +80,7 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
         scaled = mine[mine.skip_energy > 0]
         if len(scaled):
             constant = float(np.exp(np.log(scaled["range"] / scaled.skip_energy).mean()))
-            ends = np.array([smallest, float(positive.max())])
+            ends = np.array([scaled.skip_energy.min() / 2, scaled.skip_energy.max() * 2])
             ax.plot(ends, constant * ends, color=BOUND, lw=1.2,
                     label="order of Theorem 3.1: ∝ ‖x$_t$‖²Σκ²")  # fmt: skip
         ax.set_xscale("symlog", linthresh=smallest / 2)
@@ -183,16 +183,16 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
         ax.fill_between(last.index, last["min"], last["max"], color=colour, alpha=0.2, lw=0)
     ax.set(xlabel="level i (1 = outermost)", ylabel="κ$_i$ (measured gain)", ylim=(-0.05, 1.1))
     ax.set_title("at the end of training")
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.92))
     if len(learned):
         ax = axes[0, 1]
         first = learned[learned.scheme == learned.scheme.iloc[0]]
         over_time = first.groupby(["level", "step"])["mean"].mean()
         levels = list(first.level.unique())
         for colour, level in zip(sns.color_palette("viridis", len(levels)), levels, strict=True):
-            line = over_time[level]
+            line = over_time[level].rolling(10, min_periods=1).mean()
             ax.plot(line.index, line, color=colour, label=f"level {level}")
-        ax.set(xlabel="training step", ylabel="κ$_i$ (mean over samples)")
+        ax.set(xlabel="training step", ylabel="κ$_i$ (running mean over 10 steps)")
         ax.set_title(f"{first.scheme.iloc[0]} over training")
         ax.legend(fontsize=8, ncols=2)
     _title(figure, "Skip coefficients as applied")
@@ -269,7 +269,9 @@ def _grid(
 def _legend(figure: Figure, ax: Axes) -> None:
     """One legend below all axes."""
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=4 if figure.get_figwidth() > 8 else 2
+    )
 
 
 def _title(figure: Figure, text: str) -> None:

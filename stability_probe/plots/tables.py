@@ -16,6 +16,8 @@ _LABELS = {
     "unscaled": "unscaled",
     "inverse-sqrt2": "1/√2",
     "uniform:0": "no skips (κ = 0)",
+    "cs": "CS",
+    "uniform": "uniform",
     "ls": "LS (learned)",
     "ls-non-shared": "LS (one gate a skip)",
 }
@@ -30,8 +32,9 @@ def scheme_label(run: Evidence) -> str:
     """
     scheme = str(run.info.get("scheme", run.name))
     kind, _, number = scheme.partition(":")
-    named = {"cs": f"CS (κ = {number})", "uniform": f"uniform (κ = {number})"}
-    return _LABELS.get(scheme) or named.get(kind, scheme)
+    if number and kind in ("cs", "uniform") and scheme not in _LABELS:
+        return f"{_LABELS[kind]} (κ = {number})"
+    return _LABELS.get(scheme, scheme)
 
 
 def feature_traces(runs: Sequence[Evidence]) -> pd.DataFrame:

@@ -12,6 +12,9 @@ from stability_probe.errors import StabilityProbeError
 from stability_probe.probes import COLUMNS
 from stability_probe.runs import Run
 
+SAME_GAIN = 1e-4
+"""Measured gains that differ by less, relatively, are those of one constant."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -63,10 +66,16 @@ class Evidence:
         measured = self.series("kappa", "skip")
         return [float(measured[level].mean()) for level in range(1, self.n_skips + 1)]
 
-    @property
+    @cached_property
     def input_dependent(self) -> bool:
-        """Whether κ_i depends on the input, so that the theorems do not literally apply."""
-        return bool(self.info) and self.info.get("kappa") is None
+        """Whether κ_i depends on the input, so that the theorems do not literally apply.
+
+        Where `run.json` does not say, κ is a constant if its measured gains are, to float accuracy.
+        """
+        if "kappa" in self.info:
+            return self.info["kappa"] is None
+        least, largest = (self.series("kappa", "skip", stat) for stat in ("min", "max"))
+        return bool((largest.max() - least.min() > SAME_GAIN * largest.max()).any())
 
     def series(self, metric: str, site: str, stat: str = "mean") -> pd.DataFrame:
         """A quantity over time: one row a step, one column a level."""
@@ -96,7 +105,7 @@ class Evidence:
     def sampled_kappa(self) -> np.ndarray:
         """κ_i on the probe batch: (steps, levels, samples); constants where they are known."""
         measured = self.samples("sample_kappa", "skip")
-        if self.input_dependent or not self.info:
+        if self.input_dependent:
             return measured
         return np.broadcast_to(np.reshape(self.kappa, (1, -1, 1)), measured.shape)
 
