@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.models import TheoryUNet
 from stability_probe.probes import ProbeConfig, StabilityProbe
 from stability_probe.probes.features import FeatureProbe
-from stability_probe.probes.records import RecordBuffer
+from stability_probe.probes.records import Key, RecordBuffer
 from stability_probe.probes.summaries import summarise
 from stability_probe.runs.data import load_images
 from stability_probe.runs.run import Run
@@ -23,7 +24,14 @@ from stability_probe.runs.training import (
     probe_batch,
     train,
 )
-from stability_probe.skips import LearnableScaling, Scaling, find_skips, parse_scaling, scale_skips
+from stability_probe.skips import (
+    LearnableScaling,
+    Scaling,
+    SkipConnection,
+    find_skips,
+    parse_scaling,
+    scale_skips,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,9 @@ def record_training(
     batch = probe_batch(config, images, probing.probe_samples, probing.sensitive_samples)
     skips = find_skips(model, *batch.head(1).args)
     with ExitStack() as stack:
-        scaled = stack.enter_context(scale_skips(model, skips, scaling(config)))
+        scaled = stack.enter_context(
+            scale_skips(model, skips, seeded_scaling(config.scheme, config.seed))
+        )
         probe = stack.enter_context(
             StabilityProbe(
                 model,
@@ -92,11 +102,7 @@ def record_training(
                 "scheme": config.scheme,
                 "kappa": scaled.kappa,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "input": {
-                    "m": images[0].numel(),
-                    "second_moment": images.double().square().mean().item(),
-                    "mean_alpha_squared": noise_scheduler(config).alphas_cumprod.mean().item(),
-                },
+                "input": _input_moments(config, images),
             }
         )
         for step in train(model, images, config):
@@ -106,11 +112,24 @@ def record_training(
     return run
 
 
-def scaling(config: TrainConfig) -> Scaling:
-    """The run's scaling scheme, its weights drawn from the run's seed."""
-    scheme = parse_scaling(config.scheme)
+def _input_moments(config: TrainConfig, images: Tensor) -> dict[str, float]:
+    """What Lemma 3.2 needs to know: the arguments of `theory.input_energy`."""
+    return {
+        "m": images[0].numel(),
+        "second_moment": images.double().square().mean().item(),
+        "mean_alpha_squared": noise_scheduler(config).alphas_cumprod.mean().item(),
+    }
+
+
+def seeded_scaling(name: str, seed: int) -> Scaling:
+    """A scaling scheme by name, its weights (if it has any) drawn from a seed.
+
+    >>> seeded_scaling("cs:0.7", 0).coefficients(2)
+    [1.0, 0.7]
+    """
+    scheme = parse_scaling(name)
     if isinstance(scheme, LearnableScaling):
-        generator = torch.Generator().manual_seed(config.seed + 1)
+        generator = torch.Generator().manual_seed(seed + 1)
         return LearnableScaling(shared=scheme.shared, generator=generator)
     return scheme
 
@@ -172,32 +191,42 @@ def record_ensemble(
         gain = 1.0 if config.unit_gain else 2.0
         run.begin({"kind": "ensemble", "scheme": name, "kappa": kappa, "block_gain": gain})
     for index in range(config.networks):
-        generator = torch.Generator().manual_seed(config.seed + index)
-        net = TheoryUNet(
-            config.m,
-            config.n_skips,
-            merge=config.merge,
-            unit_gain=config.unit_gain,
-            final_relu=config.final_relu,
-            generator=generator,
-        )
-        x = torch.randn(config.samples, config.m, generator=generator)
+        seed = config.seed + index
+        net, x = _random_network(config, seed)
         skips = find_skips(net, x[:1])
         for name, buffer in buffers.items():
-            scheme = parse_scaling(name)
-            if isinstance(scheme, LearnableScaling):
-                scheme = LearnableScaling(shared=scheme.shared, generator=generator)
-            with ExitStack() as stack:
-                stack.enter_context(scale_skips(net, skips, scheme))
-                features = FeatureProbe(skips)
-                features.attach(net, stack)
-                features.active = True
-                net(x)
-            keys, values = summarise(features.samples(1.0), None, torch.empty(0))
-            buffer.add(index + 1, keys, values)
+            energies = _feature_energies(net, x, skips, seeded_scaling(name, seed))
+            buffer.add(index + 1, *summarise(energies, None, torch.empty(0)))
         if on_network is not None:
             on_network()
     for name, run in runs.items():
         run.append(buffers[name].drain())
         run.end("complete", None, {})
     return list(runs.values())
+
+
+def _random_network(config: EnsembleConfig, seed: int) -> tuple[TheoryUNet, Tensor]:
+    """A network, and Gaussian inputs (samples, m) for it."""
+    generator = torch.Generator().manual_seed(seed)
+    net = TheoryUNet(
+        config.m,
+        config.n_skips,
+        merge=config.merge,
+        unit_gain=config.unit_gain,
+        final_relu=config.final_relu,
+        generator=generator,
+    )
+    return net, torch.randn(config.samples, config.m, generator=generator)
+
+
+def _feature_energies(
+    net: TheoryUNet, x: Tensor, skips: Sequence[SkipConnection], scheme: Scaling
+) -> dict[Key, Tensor]:
+    """What a feature probe sees of one pass under a scheme."""
+    with ExitStack() as stack:
+        stack.enter_context(scale_skips(net, skips, scheme))
+        features = FeatureProbe(skips)
+        features.attach(net, stack)
+        features.active = True
+        net(x)
+    return features.samples(grad_scale=1.0)
