@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -116,7 +116,10 @@ class StabilityProbe:
 
     def __enter__(self) -> "StabilityProbe":
         if self.run is not None:
-            self.run.begin({"skips": [s.as_dict() for s in self.skips]})
+            settings = {"every": self.every, "sensitivity_every": self.sensitivity_every}
+            settings |= asdict(self.config)
+            skips = [s.as_dict() for s in self.skips]
+            self.run.begin({"skips": skips, "probe_settings": settings})
         with ExitStack() as stack:
             handle = self.model.register_forward_pre_hook(self._at_first_input, with_kwargs=True)
             stack.callback(handle.remove)

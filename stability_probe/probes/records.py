@@ -11,6 +11,7 @@
 | `grad_energy`, `param_energy` | block/parameter | i | `value` | ‖∇W‖², ‖W‖² |
 | `update_ratio` | block kind | i | `value` | ‖Δθ‖/‖θ‖ since the last record |
 | `secant` | `eps=r` | 0 | `s0` ... per sample | largest ‖Δout‖/ε over directions, ε = r‖x_t‖ |
+| `secant_mean` | `eps=r` | 0 | `s0` ... | mean ‖Δout‖/ε over the same directions |
 | `sigma_max` | `J` | 0 | `s0` ... | σ_max of the Jacobian |
 | `sigma_max_residual` | `J` | 0 | `s0` ... | residual norm of that estimate |
 | `lipschitz` | `a` `b` `mid` | i | `s0` ... | the block's Jacobian norm at the sample |

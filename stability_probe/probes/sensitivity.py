@@ -82,7 +82,7 @@ class SensitivityProbe:
 
     @torch.no_grad()
     def secants(self, batch: ProbeBatch, generator: torch.Generator) -> dict[Key, Tensor]:
-        """The largest ‖Δoutput‖/ε_δ over random directions, for every ε_δ."""
+        """The largest and the mean ‖Δoutput‖/ε_δ over random directions, for every ε_δ."""
         x, out = batch.x, batch.call(self.model)
         size = sample_energy(x).sqrt()
         shape = (-1,) + (1,) * (x.ndim - 1)
@@ -98,7 +98,9 @@ class SensitivityProbe:
                 delta = d * (eps / sample_energy(d).sqrt()).view(shape)
                 change = batch.call(self.model, x + delta) - out
                 ratios.append(sample_energy(change).sqrt() / eps)
-            found[Key("secant", f"eps={fraction:g}", 0, "")] = torch.stack(ratios).amax(0)
+            site = f"eps={fraction:g}"
+            found[Key("secant", site, 0, "")] = torch.stack(ratios).amax(0)
+            found[Key("secant_mean", site, 0, "")] = torch.stack(ratios).mean(0)
         return found
 
     def jacobian_norms(self, batch: ProbeBatch, generator: torch.Generator) -> dict[Key, Tensor]:
