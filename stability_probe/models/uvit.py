@@ -182,6 +182,11 @@ class UViT(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = config or UViTConfig()
+        with torch.random.fork_rng(devices=[]):  # layers draw weights that are replaced below
+            self._build(config)
+        self._initialise(generator or torch.Generator().manual_seed(0))
+
+    def _build(self, config: UViTConfig) -> None:
         dim = config.embed_dim
         self.patch_embed = PatchEmbed(config)
         self.time_embed = (
@@ -202,7 +207,6 @@ class UViT(nn.Module):
         self.final_layer = (
             nn.Conv2d(channels, channels, 3, padding=1) if config.conv else nn.Identity()
         )
-        self._initialise(generator or torch.Generator().manual_seed(0))
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from stability_probe.skips.connection import SkipConnection
 from stability_probe.skips.find import evaluating
+from stability_probe.skips.scaling import Scaling
 from stability_probe.skips.taps import OutputTap
 
 
@@ -39,7 +40,8 @@ def parameter_blocks(
     between $u_N$ and the innermost merge to the middle; one between merges $i$ and $i - 1$ to
     $b_i$. So $a_1$ includes the input layers and $b_1$ the output layers, as in Eq. 4. Layers that
     do not see the input (embeddings of time and labels) belong with the module that holds them if
-    that module's other layers all lie in one block, and to none otherwise.
+    that module's other layers all lie in one block, and to none otherwise. The gates of a scaling
+    scheme belong to none.
 
     Args:
         model: the model; left as it was, its random state included.
@@ -66,10 +68,13 @@ def parameter_blocks(
         track = _track_first_tensor()
         args, kwargs = tuple(map(track, args)), {name: track(v) for name, v in kwargs.items()}
         functional_call(model, frozen, args, kwargs)
-    return {
-        name: _block_of(name.rpartition(".")[0], order.block_of)
-        for name, _ in model.named_parameters()
-    }
+    gates = {name for name, module in model.named_modules() if isinstance(module, Scaling)}
+    blocks = {}
+    for name, _ in model.named_parameters():
+        module = name.rpartition(".")[0]
+        inside_gate = any(f"{module}.".startswith(f"{gate}.") for gate in gates)
+        blocks[name] = OTHER if inside_gate else _block_of(module, order.block_of)
+    return blocks
 
 
 def _track_first_tensor() -> Callable[[Any], Any]:

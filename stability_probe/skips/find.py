@@ -97,17 +97,24 @@ def _uvit(model: UViT) -> list[SkipConnection]:
 
 def _unet2d(model: Any) -> list[SkipConnection]:
     """Down blocks push every resnet's (or attention's) and downsampler's output; up blocks pop."""
+    if any(hasattr(block, "skip_conv") for block in (*model.down_blocks, *model.up_blocks)):
+        raise StabilityProbeError(
+            "find_skips: a UNet2DModel with SkipDownBlock2D or SkipUpBlock2D carries the image "
+            "itself along; describe its long skips yourself as a list of SkipConnection"
+        )
     sources = ["conv_in"]
     for b, down in enumerate(model.down_blocks):
         layer = "attentions" if hasattr(down, "attentions") else "resnets"
         sources += [f"down_blocks.{b}.{layer}.{j}" for j in range(len(down.resnets))]
         if down.downsamplers is not None:
             sources.append(f"down_blocks.{b}.downsamplers.0")
-    sinks = [
-        (b, j, "attentions" if hasattr(up, "attentions") else "resnets")
-        for b, up in enumerate(model.up_blocks)
-        for j in range(len(up.resnets))
-    ]
+    sinks = []
+    for b, up in enumerate(model.up_blocks):
+        layer = "attentions" if hasattr(up, "attentions") else "resnets"
+        ends = [f"up_blocks.{b}.{layer}.{j}" for j in range(len(up.resnets))]
+        if up.upsamplers is not None:
+            ends[-1] = f"up_blocks.{b}.upsamplers.0"
+        sinks += [(b, j, end) for j, end in enumerate(ends)]
     return [
         SkipConnection(
             level=i,
@@ -115,12 +122,12 @@ def _unet2d(model: Any) -> list[SkipConnection]:
             sink=f"up_blocks.{b}.resnets.{j}",
             merge="concat",
             shape=(),
-            block=f"up_blocks.{b}.{layer}.{j}",
+            block=end,
             skip=ArgumentTap(f"up_blocks.{b}", "res_hidden_states_tuple", item=-1 - j),
             main=SliceTap(ArgumentTap(f"up_blocks.{b}.resnets.{j}", "input_tensor"), 1, 0),
             merged=ArgumentTap(f"up_blocks.{b}.resnets.{j}", "input_tensor"),
         )
-        for i, (source, (b, j, layer)) in enumerate(
+        for i, (source, (b, j, end)) in enumerate(
             zip(sources, reversed(sinks), strict=True), start=1
         )
     ]

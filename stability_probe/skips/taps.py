@@ -5,9 +5,10 @@ holding the module, so it can be compared, printed and stored. `attach` puts a f
 Hooks are objects, not closures, so that a deep copy of a model copies what they refer to.
 """
 
+import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -104,7 +105,8 @@ class _OutputHook:
     fn: TensorFn
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.fn(first_tensor(output))
+        new = self.fn(first_tensor(output))
+        return None if new is None else _with_first_tensor(output, new)
 
 
 @dataclass
@@ -151,11 +153,40 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The output itself, or the first tensor of a tuple, dict or dataclass."""
+    """The output itself, or the first tensor of a tuple, list, dict or dataclass.
+
+    Raises:
+        StabilityProbeError: if there is none.
+    """
     if isinstance(output, Tensor):
         return output
-    items = output.values() if isinstance(output, dict) else output
-    for item in items:
+    for item in _items(output):
         if isinstance(item, Tensor):
             return item
     raise StabilityProbeError(f"no tensor found in an output of type {type(output).__name__}")
+
+
+def _items(output: Any) -> Iterable[Any]:
+    if isinstance(output, Mapping):
+        return output.values()
+    if is_dataclass(output):
+        return vars(output).values()
+    return output if isinstance(output, tuple | list) else ()
+
+
+def _with_first_tensor(output: Any, new: Tensor) -> Any:
+    """A copy of an output in which `new` stands for its first tensor."""
+    if isinstance(output, Tensor):
+        return new
+    old = first_tensor(output)
+    if isinstance(output, tuple):
+        items = [new if item is old else item for item in output]
+        return type(output)(*items) if hasattr(output, "_fields") else tuple(items)
+    changed = copy.copy(output)
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        name = next(name for name, item in vars(output).items() if item is old)
+        object.__setattr__(changed, name, new)
+        return changed
+    keys = output.keys() if isinstance(output, Mapping) else range(len(output))
+    changed[next(key for key in keys if output[key] is old)] = new
+    return changed

@@ -70,16 +70,17 @@ def golub_kahan_norm(
     >>> round(float(norm.value), 4)
     3.0
     """
-    right = [_unit(start)[0]]
+    right = [_unit(start, torch.zeros_like(start[:, 0]))[0]]
     left: list[Tensor] = []
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     most = min(max_products, start.shape[1])
+    value = torch.zeros_like(start[:, 0])
     while True:
-        u, alpha = _unit(_orthogonal(matvec(right[-1]), left))
+        u, alpha = _unit(_orthogonal(matvec(right[-1]), left), value)
         left.append(u)
         alphas.append(alpha)
-        v, beta = _unit(_orthogonal(rmatvec(u), right))
+        v, beta = _unit(_orthogonal(rmatvec(u), right), torch.maximum(value, alpha))
         right.append(v)
         value, residual = _ritz(alphas, betas, beta)
         betas.append(beta)
@@ -116,20 +117,32 @@ def jacobian_norm(
 
     def matvec(v: Tensor) -> Tensor:
         (jv,) = torch.autograd.grad(pullback, covector, v.view_as(input), retain_graph=True)
-        return jv.flatten(1)
+        return jv.reshape(len(jv), -1)
 
     def rmatvec(u: Tensor) -> Tensor:
         (jtu,) = torch.autograd.grad(output, input, u.view_as(output), retain_graph=True)
-        return jtu.flatten(1)
+        return jtu.reshape(len(jtu), -1)
 
     start = torch.randn(input.shape, generator=generator, dtype=input.dtype).to(input.device)
-    return golub_kahan_norm(matvec, rmatvec, start.flatten(1), rtol=rtol, max_products=max_products)
+    return golub_kahan_norm(
+        matvec, rmatvec, start.reshape(len(start), -1), rtol=rtol, max_products=max_products
+    )
 
 
-def _unit(v: Tensor) -> tuple[Tensor, Tensor]:
-    """(v / |v|, |v|) per sample; a zero vector stays zero."""
-    norm = torch.linalg.vector_norm(v, dim=1)
-    return v / norm.clamp_min(torch.finfo(v.dtype).tiny)[:, None], norm
+def _unit(v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(v / |v|, |v|) per sample; what is rounding error beside `scale` counts as zero.
+
+    A subspace that the map leaves alone ends the recurrence with a residue of rounding errors;
+    normalised, it would be one more direction, and not orthogonal to the others.
+    """
+    floats = torch.finfo(v.dtype)
+    largest = v.abs().amax(dim=1, keepdim=True).clamp_min(floats.tiny)
+    scaled = v / largest  # so that no square underflows
+    norm = torch.linalg.vector_norm(scaled, dim=1)
+    unit = scaled / norm.clamp_min(floats.tiny)[:, None]
+    length = norm * largest[:, 0]
+    nothing = length <= floats.eps * scale
+    return unit.masked_fill(nothing[:, None], 0.0), length.masked_fill(nothing, 0.0)
 
 
 def _orthogonal(v: Tensor, basis: list[Tensor]) -> Tensor:

@@ -1,0 +1,257 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from stability_probe import StabilityProbeError
+from stability_probe.skips import ArgumentTap, OutputTap, SliceTap, Tap
+from stability_probe.skips.taps import first_tensor
+from tests.oracles.zoo import hook_count
+
+ONE, TWO = torch.ones(2, 3), torch.full((2, 3), 2.0)
+
+
+class Add(nn.Module):
+    """a + 10 b, where b may be the last of a tuple."""
+
+    def forward(self, a, b=None, *, c=0.0):
+        if isinstance(b, tuple):
+            return a + sum(10**k * part for k, part in enumerate(b, start=1)) + c
+        return a + 10 * b + c
+
+
+class Outer(nn.Module):
+    def __init__(self, by_name=False):
+        super().__init__()
+        self.add = Add()
+        self.by_name = by_name
+
+    def forward(self, a, b, **c):
+        return self.add(b=b, a=a, **c) if self.by_name else self.add(a, b, **c)
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(x)
+
+
+class Recorder(list):
+    def __call__(self, tensor):
+        self.append(tensor)
+
+
+def times(factor):
+    return lambda tensor: factor * tensor
+
+
+PLACES = [OutputTap("add"), ArgumentTap("add", "b"), SliceTap(ArgumentTap("add", "b"), 1, 2)]
+places = pytest.mark.parametrize("place", PLACES, ids=lambda place: type(place).__name__)
+
+
+@places
+def test_kinds_are_taps_and_can_be_compared(place):
+    assert isinstance(place, Tap)
+    assert len({place, type(place)(**vars(place))}) == 1
+
+
+# ── arguments ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(("argument", "expected"), [("a", 5 + 20), ("b", 1 + 100)])
+def test_argument_is_seen_and_replaced(by_name, argument, expected):
+    model = Outer(by_name)
+    seen = Recorder()
+    ArgumentTap("add", argument).attach(model, seen)
+    handle = ArgumentTap("add", argument).attach(model, times(5))
+    assert (model(ONE, TWO) == expected).all()
+    assert len(seen) == 1
+    assert seen[0] is (ONE if argument == "a" else TWO)
+    handle.remove()
+    assert (model(ONE, TWO) == 21).all()
+
+
+def test_keyword_only_argument():
+    model = Outer()
+    ArgumentTap("add", "c").attach(model, times(5))
+    assert (model(ONE, TWO, c=ONE) == 21 + 5).all()
+
+
+def test_looking_leaves_the_call_alone():
+    model = Outer()
+    ArgumentTap("add", "b").attach(model, Recorder())
+    assert (model(ONE, TWO) == 21).all()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [(-1, [1, 1, 5]), (-2, [1, 5, 1]), (-3, [5, 1, 1]), (0, [5, 1, 1]), (2, [1, 1, 5])],
+)
+def test_item_of_a_tuple_is_seen_and_replaced(by_name, item, expected):
+    model = Outer(by_name)
+    parts = (ONE, ONE.clone(), ONE.clone())
+    seen = Recorder()
+    tap = ArgumentTap("add", "b", item)
+    tap.attach(model, seen)
+    assert (model(ONE, parts) == 1111).all()  # looking changes nothing
+    assert seen[0] is parts[item]
+    tap.attach(model, times(5))
+    total = 1 + sum(10**k * e for k, e in enumerate(expected, start=1))
+    assert (model(ONE, parts) == total).all()
+    assert (parts[item] == 1).all()  # the caller's own tensors are not written to
+
+
+def test_items_counted_from_either_end_can_be_replaced_together():
+    model = Outer()
+    for item, factor in ((-1, 2), (0, 3)):
+        ArgumentTap("add", "b", item).attach(model, times(factor))
+    assert (model(ONE, (ONE, ONE)) == 1 + 10 * 3 + 100 * 2).all()
+
+
+def test_a_module_called_twice_is_seen_twice():
+    model = Outer()
+    seen = Recorder()
+    ArgumentTap("add", "a").attach(model, seen)
+    model(ONE, TWO)
+    model(TWO, TWO)
+    assert [float(tensor[0, 0]) for tensor in seen] == [1, 2]
+
+
+# ── outputs ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Output:
+    count: int
+    sample: torch.Tensor
+
+
+class Items(dict):
+    """What `diffusers` returns is a dict like this one."""
+
+
+WRAPPED = {
+    "tensor": lambda x: x,
+    "tuple": lambda x: (x, x + 1),
+    "tuple-later": lambda x: (None, 3, x),
+    "list": lambda x: [x],
+    "dict": lambda x: {"count": 2, "sample": x},
+    "dict-subclass": lambda x: Items(sample=x),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_first_tensor_of_an_output_is_seen(wrap):
+    model = Returns(wrap)
+    seen = Recorder()
+    OutputTap("").attach(model, seen)
+    out = model(ONE)
+    assert seen[0] is ONE
+    assert type(out) is type(wrap(ONE))
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="bug: a dataclass is not iterable")
+def test_first_tensor_of_a_dataclass_is_seen():
+    assert first_tensor(Output(2, ONE)) is ONE
+
+
+def test_output_tensor_is_replaced():
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    OutputTap("0").attach(model, times(3))
+    assert torch.equal(model(ONE), 3 * ONE)
+
+
+@pytest.mark.xfail(strict=True, reason="bug: the tensor takes the place of the whole tuple")
+def test_tensor_inside_an_output_is_replaced():
+    model = Returns(WRAPPED["tuple"])
+    OutputTap("").attach(model, times(3))
+    first, second = model(ONE)
+    assert torch.equal(first, 3 * ONE)
+    assert torch.equal(second, TWO)
+
+
+@pytest.mark.parametrize("output", [(), (1, None), {"a": 1}, []], ids=repr)
+def test_an_output_without_a_tensor(output):
+    kind = type(output).__name__
+    with pytest.raises(StabilityProbeError, match=f"no tensor found in an output of type {kind}"):
+        first_tensor(output)
+
+
+# ── slices ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("whole", [OutputTap("0"), ArgumentTap("1", "input")])
+def test_slice_is_the_leading_part(whole):
+    model = nn.Sequential(nn.Identity(), nn.Identity())
+    seen = Recorder()
+    SliceTap(whole, dim=1, length=2).attach(model, seen)
+    x = torch.arange(6.0).view(2, 3)
+    model(x)
+    assert torch.equal(seen[0], x[:, :2])
+
+
+def test_slice_can_be_looked_at_only():
+    model = nn.Sequential(nn.Identity())
+    SliceTap(OutputTap("0"), dim=1, length=2).attach(model, times(5))
+    assert torch.equal(model(ONE), ONE)
+
+
+# ── order, removal, errors ───────────────────────────────────────────────────────────────────────
+
+
+@places
+def test_first_runs_before_what_is_attached_already(place):
+    model = Outer()
+    changed = place.whole if isinstance(place, SliceTap) else place
+    before, after = Recorder(), Recorder()
+    changed.attach(model, times(5))
+    place.attach(model, after)
+    place.attach(model, before, first=True)
+    model(ONE, TWO)
+    assert torch.equal(after[0], 5 * before[0])
+
+
+@places
+def test_removal_leaves_nothing(place):
+    model = Outer()
+    seen = Recorder()
+    handle = place.attach(model, seen)
+    assert hook_count(model) == 1
+    handle.remove()
+    assert hook_count(model) == 0
+    model(ONE, TWO)
+    assert not seen
+
+
+@places
+def test_gradients_flow_through_a_tap(place):
+    model = Outer()
+    changed = place.whole if isinstance(place, SliceTap) else place
+    changed.attach(model, times(5))
+    place.attach(model, Recorder())
+    b = TWO.clone().requires_grad_()
+    model(ONE, b).sum().backward()
+    assert (b.grad == 50).all()
+
+
+@pytest.mark.parametrize("tap", [OutputTap("ad"), ArgumentTap("add.inner", "a")])
+def test_a_module_that_is_not_there(tap):
+    with pytest.raises(
+        StabilityProbeError, match=rf"tap on '{tap.module}': Outer has no such module; was the skip"
+    ):
+        tap.attach(Outer(), Recorder())
+
+
+def test_an_argument_that_is_not_there():
+    model = Outer()
+    with pytest.raises(
+        StabilityProbeError, match=r"its forward has no parameter 'skip' \(it has a, b, c\)"
+    ):
+        ArgumentTap("add", "skip").attach(model, Recorder())
+    assert hook_count(model) == 0

@@ -1,0 +1,214 @@
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stability_probe import ConstantScaling, TheoryUNet, UViT, UViTConfig, find_skips, scale_skips
+from stability_probe.theory import golub_kahan_norm, jacobian_norm
+from tests.oracles.dense import assert_matches_dense, dense_jacobian, random_matrices
+from tests.oracles.zoo import ATTENTION, X, unet2d
+
+SPECTRA = {
+    "spread": [10.0, 5.0, 2.0, 1.0, 0.1],
+    "equal": [3.0] * 5,
+    "clustered": [1.0, 0.9999, 0.999, 0.998, 0.99],
+    "two-clusters": [1.0, 0.999, 0.998, 1e-6, 1e-7],
+    "geometric": [1.0, 1e-2, 1e-4, 1e-6, 1e-8],
+    "rank-one": [2.0],
+    "zero": [],
+}
+SHAPES = [(5, 5), (5, 40), (40, 5), (30, 30), (1, 7), (7, 1), (1, 1)]
+
+
+def norm_of(matrices, *, seed=1, start=None, **options):
+    if start is None:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(
+            matrices.shape[0], matrices.shape[2], generator=generator, dtype=matrices.dtype
+        )
+    return golub_kahan_norm(
+        lambda v: torch.einsum("bmn,bn->bm", matrices, v),
+        lambda u: torch.einsum("bmn,bm->bn", matrices, u),
+        start,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_against_dense_svd(shape, spectrum):
+    matrices = random_matrices(shape, [SPECTRA[spectrum][: min(shape)]] * 8)
+    norm = norm_of(matrices)
+    assert norm.converged
+    assert (norm.residual <= 1e-3 * norm.value).all()
+    assert_matches_dense(norm, matrices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dense_gaussian_matrices(dtype):
+    generator = torch.Generator().manual_seed(3)
+    matrices = torch.randn(6, 50, 80, generator=generator, dtype=dtype)
+    norm = norm_of(matrices)
+    assert norm.value.dtype == norm.residual.dtype == dtype
+    assert_matches_dense(norm, matrices, roundoff=1e-5 if dtype == torch.float32 else 1e-9)
+
+
+def test_samples_of_very_different_norms_do_not_disturb_each_other():
+    scales = [1e-9, 1.0, 1e9, 0.0, 1e-3]
+    matrices = random_matrices((30, 30), [[s * (1 - k / 30) for k in range(30)] for s in scales])
+    assert_matches_dense(norm_of(matrices), matrices)
+
+
+def test_a_batch_that_settles_early_waits_for_the_slowest_unharmed():
+    """Rank one, rank two and zero are done at once; the Gaussian one needs many products."""
+    easy = random_matrices((40, 40), [[5.0], [3.0, 1.0], [], [1.0] * 40])
+    hard = torch.randn(1, 40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrices = torch.cat([easy, hard])
+    norm = norm_of(matrices, rtol=1e-10)
+    assert norm.products > 10
+    assert_matches_dense(norm, matrices, rtol=1e-9)
+
+
+def test_sigma_max_is_homogeneous():
+    matrices = random_matrices((20, 20), [[1 - k / 20 for k in range(20)]])
+    small, large = norm_of(matrices), norm_of(1e6 * matrices)
+    torch.testing.assert_close(large.value, 1e6 * small.value)
+    torch.testing.assert_close(large.residual, 1e6 * small.residual, rtol=1e-4, atol=0)
+
+
+def test_the_length_of_the_start_does_not_matter():
+    matrices = random_matrices((9, 9), [[1 - k / 9 for k in range(9)]])
+    start = torch.randn(1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(
+        norm_of(matrices, start=start).value, norm_of(matrices, start=1e5 * start).value
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_map_that_is_not_finite_gives_nan_for_its_sample_alone(bad):
+    matrices = random_matrices((8, 8), [[2.0, 1.0]] * 3)
+    matrices[1, 3, 4] = bad
+    norm = norm_of(matrices)
+    assert norm.value.isnan().tolist() == norm.residual.isnan().tolist() == [False, True, False]
+    torch.testing.assert_close(norm.value[[0, 2]], torch.full((2,), 2.0, dtype=torch.float64))
+
+
+def test_too_few_products_are_admitted():
+    matrices = random_matrices((60, 60), [[1 - k / 600 for k in range(60)]] * 3)
+    norm = norm_of(matrices, rtol=1e-6, max_products=4)
+    assert norm.products == 4
+    assert not norm.converged
+    assert (norm.residual > 1e-6 * norm.value).any()
+    assert_matches_dense(norm, matrices)  # still a lower bound with an honest residual
+
+
+def test_a_tighter_tolerance_costs_more_and_gives_more():
+    matrices = random_matrices((60, 60), [[1 - k / 60 for k in range(60)]] * 3)
+    loose, tight = norm_of(matrices, rtol=1e-1), norm_of(matrices, rtol=1e-8)
+    assert loose.products < tight.products
+    assert (loose.value <= tight.value).all()
+    assert_matches_dense(tight, matrices, rtol=1e-7)
+
+
+def test_never_more_products_than_columns():
+    norm = norm_of(random_matrices((40, 3), [[3.0, 2.0, 1.0]]), rtol=0.0)
+    assert norm.products == 3
+
+
+@pytest.mark.xfail(
+    strict=True, reason="bug: a residue whose square underflows becomes a unit vector"
+)
+@pytest.mark.parametrize("scale", [1e-18, 1e-22])
+def test_a_tiny_map_in_single_precision(scale):
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(2, 30, 30, generator=generator)
+    matrices[1] = matrices[1, :, :1] @ matrices[1, :1] * scale  # rank one
+    norm = norm_of(matrices, rtol=1e-5)
+    assert_matches_dense(norm, matrices, roundoff=1e-5)
+
+
+# ── Jacobians ────────────────────────────────────────────────────────────────────────────────────
+
+
+def jacobian_norm_of(fn, x, **options):
+    x = x.detach().clone().requires_grad_()
+    return jacobian_norm(fn(x), x, generator=torch.Generator().manual_seed(0), **options)
+
+
+def check(fn, x, rtol=1e-2):
+    assert_matches_dense(jacobian_norm_of(fn, x), dense_jacobian(fn, x), rtol=rtol)
+
+
+@pytest.mark.parametrize("merge", ["add", "concat"])
+def test_theory_unet(merge):
+    net = TheoryUNet(m=64, n_skips=4, merge=merge).double()
+    x = X.double()
+    with scale_skips(net, find_skips(net, x), ConstantScaling(0.7)):
+        check(net, x)
+    check(net, x)
+
+
+def test_uvit():
+    net = UViT(UViTConfig(embed_dim=16, depth=5, num_heads=2)).double()
+    with sdpa_kernel(SDPBackend.MATH):
+        check(lambda x: net(x, torch.full((len(x),), 300)), X.double())
+
+
+@pytest.mark.parametrize("changes", [{}, ATTENTION], ids=["plain", "attention"])
+def test_unet2d(changes):
+    net = unet2d(**changes).double()
+    with sdpa_kernel(SDPBackend.MATH):
+        check(lambda x: net(x, torch.full((len(x),), 300)).sample, X.double())
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: 3 * x,
+        lambda x: x.sin() * x.flip(1),
+        lambda x: torch.cat([x, 2 * x, x.square()], dim=1),
+        lambda x: x.square().sum(1, keepdim=True),
+        lambda x: 0 * x,
+        lambda x: x.relu() - x,
+    ],
+    ids=["scaling", "product", "tall", "wide", "zero", "relu"],
+)
+def test_small_functions(fn):
+    x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    check(fn, x)
+
+
+def test_of_an_inner_tensor():
+    """The input may be any node of the graph, not just a leaf."""
+    weight = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x = torch.ones(2, 6, dtype=torch.float64, requires_grad=True)
+    inner = x.exp()
+    norm = jacobian_norm(inner @ weight, inner, generator=torch.Generator().manual_seed(0))
+    assert_matches_dense(norm, weight.T.expand(2, 6, 6))
+
+
+def test_the_graph_stays_and_no_gradient_is_left():
+    x = torch.ones(2, 3, requires_grad=True)
+    weight = torch.eye(3).mul(2).requires_grad_()
+    out = (x @ weight).sin()
+    values = [
+        jacobian_norm(out, x, generator=torch.Generator().manual_seed(s)).value for s in (0, 0, 1)
+    ]
+    assert torch.equal(values[0], values[1])
+    torch.testing.assert_close(values[0], values[2])
+    assert x.grad is None
+    assert weight.grad is None
+    out.sum().backward()
+
+
+def test_only_the_generator_that_is_passed_is_drawn_from():
+    before = torch.random.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.ones(2, 3, requires_grad=True)
+    jacobian_norm(2 * x, x, generator=generator)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="bug: output of shape (batch,)")
+def test_one_number_a_sample():
+    check(lambda x: x.square().sum(1), torch.ones(2, 3, dtype=torch.float64))
