@@ -45,7 +45,7 @@ class ProbeBatch:
     sensitive: int = 8
 
     def __post_init__(self) -> None:
-        if not self.args or not isinstance(self.args[0], Tensor) or len(self.args[0]) == 0:
+        if not self.args or not isinstance(self.args[0], Tensor) or not self.args[0].numel():
             raise StabilityProbeError(
                 "ProbeBatch: the first positional argument must be x_t with at least one sample"
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stability_probe.probes.records import Key
 from stability_probe.skips import OutputTap, SkipConnection, SliceTap, Tap
+from stability_probe.skips.taps import bound_arguments
 
 Site = tuple[str, int]
 """A quantity of Eq. 4: its name and its level."""
@@ -34,10 +35,9 @@ class FeatureProbe:
     """Watches x_t, u_i, κ_i u_i, z_i, the merged tensors, h_i and the output of a model.
 
     Attributes:
-        active: whether passing tensors are looked at; they are only while gradients are enabled,
-            so that validation passes are not taken for training.
+        active: whether passing tensors of training passes are looked at.
         energy: ‖·‖² per sample for every pass since `clear`, by site.
-        gradient: ‖∂L/∂·‖² per sample likewise.
+        gradient: ‖∂L/∂·‖² per sample likewise, once for every backward pass.
         noise_level: t per sample likewise, where the model's second tensor is one number a sample.
         seconds: time spent in the hooks.
     """
@@ -47,6 +47,16 @@ class FeatureProbe:
         self.active = False
         self.seconds = 0.0
         self.clear()
+
+    @property
+    def watching(self) -> bool:
+        """Whether a tensor that passes now belongs to a training pass.
+
+        Not in a pass without gradients, such as validation; nor in one that gradient checkpointing
+        repeats during the backward pass.
+        """
+        in_backward: bool = torch._C._current_graph_task_id() != -1
+        return self.active and torch.is_grad_enabled() and not in_backward
 
     def clear(self) -> None:
         """Forget what was seen."""
@@ -101,9 +111,10 @@ class FeatureProbe:
     def _on_input(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
-        if not (self.active and torch.is_grad_enabled()):
+        if not self.watching:
             return
         started = time.perf_counter()
+        args, kwargs = bound_arguments(module, args, kwargs)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         x, t = tensors[0], next(iter(tensors[1:]), None)
         self.energy.setdefault(("x", 0), []).append(sample_energy(x))
@@ -119,7 +130,7 @@ class _Observer:
         self.probe, self.site, self.grad, self.cut = probe, site, grad, cut
 
     def __call__(self, tensor: Tensor) -> None:
-        if not (self.probe.active and torch.is_grad_enabled()):
+        if not self.probe.watching:
             return
         started = time.perf_counter()
         self.probe.energy.setdefault(self.site, []).append(sample_energy(self._part(tensor)))

@@ -49,10 +49,9 @@ class ParameterProbe:
         if not self._parameters:
             return [], torch.empty(0)
         zero = torch.zeros((), device=self._parameters[0].device)
-        present = [p.grad for p in self._parameters if p.grad is not None]
-        norms = iter(torch._foreach_norm(present))
-        grads = [zero if p.grad is None else next(norms).float() for p in self._parameters]
-        params = [norm.float() for norm in torch._foreach_norm(self._parameters)]
+        norms = iter(_norms([p.grad for p in self._parameters if p.grad is not None]))
+        grads = [zero if p.grad is None else next(norms) for p in self._parameters]
+        params = _norms(self._parameters)
         energies = [torch.stack(grads).square() * grad_scale**-2, torch.stack(params).square()]
         keys, updates = self._read_updates()
         return [*self._keys, *keys], torch.cat([*energies, updates])
@@ -60,14 +59,22 @@ class ParameterProbe:
     def _read_updates(self) -> Numbers:
         if not self._before:
             return [], torch.empty(0, device=self._parameters[0].device)
-        moved = torch._foreach_norm(torch._foreach_sub(self._parameters, self._before))
-        sizes = torch._foreach_norm(self._parameters)
+        moved = _norms(list(torch._foreach_sub(self._parameters, self._before)))
+        sizes = _norms(self._parameters)
         torch._foreach_copy_(self._before, self._parameters)
         keys, values = [], []
         for block in dict.fromkeys(self._blocks):
             mine = [i for i, b in enumerate(self._blocks) if b == block]
-            step = torch.stack([moved[i] for i in mine]).float().square().sum()
-            size = torch.stack([sizes[i] for i in mine]).float().square().sum()
+            step = torch.stack([moved[i] for i in mine]).square().sum()
+            size = torch.stack([sizes[i] for i in mine]).square().sum()
             keys.append(Key("update_ratio", block.kind, block.level, "value"))
             values.append((step / size).sqrt())
         return keys, torch.stack(values)
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """‖·‖ of every tensor, in one fused operation, accumulated and returned in float32 at least."""
+    if not tensors:
+        return []
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))

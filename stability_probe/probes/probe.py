@@ -19,6 +19,7 @@ from stability_probe.probes.records import Key, RecordBuffer, RunFolder, empty_f
 from stability_probe.probes.sensitivity import SensitivityConfig, SensitivityProbe
 from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.skips import Block, SkipConnection, parameter_blocks
+from stability_probe.skips.taps import bound_arguments
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,23 @@ class StabilityProbe:
         self._seconds = {"step": 0.0, "flush": 0.0, "sensitivity": 0.0}
         self._started = time.perf_counter()
         self._edges: Tensor | None = None
+        self._entered = False
 
     def __enter__(self) -> "StabilityProbe":
-        if self.run is not None:
-            settings = {"every": self.every, "sensitivity_every": self.sensitivity_every}
-            settings |= asdict(self.config)
-            skips = [s.as_dict() for s in self.skips]
-            self.run.begin({"skips": skips, "probe_settings": settings})
+        if self._entered:
+            raise StabilityProbeError(
+                "StabilityProbe: it is used once; make another for another run"
+            )
+        self._entered = True
         with ExitStack() as stack:
             handle = self.model.register_forward_pre_hook(self._at_first_input, with_kwargs=True)
             stack.callback(handle.remove)
             self._features.attach(self.model, stack)
+            if self.run is not None:
+                settings = {"every": self.every, "sensitivity_every": self.sensitivity_every}
+                settings |= asdict(self.config)
+                skips = [s.as_dict() for s in self.skips]
+                self.run.begin({"skips": skips, "probe_settings": settings})
             self._hooks = stack.pop_all()
         self._features.active = self._due(self.steps + 1)
         self._started = time.perf_counter()
@@ -137,7 +144,14 @@ class StabilityProbe:
     ) -> None:
         self._features.active = False
         self._hooks.close()
-        self.flush()
+        try:
+            self.flush()
+        except Exception as failure:
+            self._end(error or failure)
+            raise
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         if self.run is not None:
             reason = None if error is None else f"{type(error).__name__}: {error}"
             state = "complete" if error is None else "failed"
@@ -224,11 +238,15 @@ class StabilityProbe:
         if self._blocks is not None or not torch.is_grad_enabled():
             return
         self._blocks = {}  # the forward pass that finds them comes here too
-        with self._timed("sensitivity"), self._unwatched():
-            self._blocks = parameter_blocks(self.model, self.skips, *args, **kwargs)
+        try:
+            with self._timed("sensitivity"), self._unwatched():
+                self._blocks = parameter_blocks(self.model, self.skips, *args, **kwargs)
+        except Exception:
+            self._blocks = None  # the model refuses this input: learn from the next
+            raise
         self._parameters = ParameterProbe(self.model, self._blocks, self.config.updates)
         if self._batch is None:
-            self._batch = ProbeBatch(args, kwargs).head(8)
+            self._batch = ProbeBatch(*bound_arguments(module, args, kwargs)).head(8)
 
     def _record(self, loss: Tensor | None, grad_scale: float) -> None:
         """Reduce what the hooks saw, and the parameters, to the numbers of this step."""
@@ -237,8 +255,10 @@ class StabilityProbe:
         if loss is not None:
             samples[Key("loss", "loss", 0, "")] = loss.detach().reshape(-1)
         if samples:
-            t = torch.cat(seen.noise_level) if seen.noise_level else None
             device = next(iter(samples.values())).device
+            t = torch.cat(seen.noise_level) if seen.noise_level else None
+            if t is not None and len(t) != len(samples[Key("energy", "x", 0, "")]):
+                t = None  # some pass of the step had no noise level
             self._buffer.add(self.steps, *summarise(samples, t, self._bin_edges(device)))
         if self._parameters is not None:
             self._buffer.add(self.steps, *self._parameters.read(grad_scale))

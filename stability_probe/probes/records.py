@@ -81,7 +81,8 @@ class RecordBuffer:
         self._steps: list[tuple[int, Sequence[Key], Tensor]] = []
 
     def __len__(self) -> int:
-        return len(self._steps)
+        """How many steps the numbers are of."""
+        return len({step for step, _, _ in self._steps})
 
     def add(self, step: int, keys: Sequence[Key], values: Tensor) -> None:
         """Keep the numbers of one step: a vector, one entry a key."""

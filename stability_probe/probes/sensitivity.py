@@ -135,11 +135,10 @@ class SensitivityProbe:
     def sample_energies(self) -> dict[Key, Tensor]:
         """‖x_t‖², ‖h_i‖² and the gains κ_i of every sample."""
         nodes = self._graph(self.batch)
-        found = {
-            Key("sample_energy", "h", level, ""): sample_energy(nodes["h", level])
-            for level in range(len(self.skips) + 1)
-        }
-        found[Key("sample_energy", "x", 0, "")] = sample_energy(self.batch.x)
+        found = {Key("sample_energy", "x", 0, ""): sample_energy(self.batch.x)}
+        for (site, level), tensor in nodes.items():
+            if site == "h":
+                found[Key("sample_energy", "h", level, "")] = sample_energy(tensor)
         for s in self.skips:
             gain = sample_energy(nodes["ku", s.level]) / sample_energy(nodes["u", s.level])
             found[Key("sample_kappa", "skip", s.level, "")] = gain.sqrt()
@@ -147,8 +146,9 @@ class SensitivityProbe:
 
     def sample_gradients(self) -> dict[Key, Tensor]:
         """ℓ_s, and for every block a_i, b_i the largest ‖∇_W ℓ_s‖² over its weight matrices W."""
+        frozen = {name: p.detach() for name, p in self.model.named_parameters()}
         weights = {
-            name: p.detach()
+            name: frozen[name]
             for name, p in self.model.named_parameters()
             if p.requires_grad and p.ndim > 1 and self.blocks[name].kind in ("a", "b")
         }
@@ -157,7 +157,8 @@ class SensitivityProbe:
 
         def loss(weights: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
             one = self.batch.with_tensors([tensor[None] for tensor in sample])
-            return one.losses(lambda *a, **kw: functional_call(self.model, weights, a, kw))[0]
+            all_of_them = {**frozen, **weights}
+            return one.losses(lambda *a, **kw: functional_call(self.model, all_of_them, a, kw))[0]
 
         def energies(sample: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
             grads, value = grad_and_value(loss)(weights, sample)

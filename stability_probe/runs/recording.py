@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ class RecordConfig:
         sensitivity_every: steps between the scheduled measurements; 0 for none.
         probe_samples: samples whose energies and gradients are measured then.
         sensitive_samples: how many of them Jacobian norms are taken on.
-        probe: further settings of the probe.
+        probe: further settings of the probe; its range of noise levels is that of the training.
     """
 
     every: int = 1
@@ -92,7 +92,9 @@ def record_training(
                 sensitivity_every=probing.sensitivity_every,
                 run=run,
                 batch=batch,
-                config=probing.probe,
+                config=replace(
+                    probing.probe or ProbeConfig(), noise_levels=float(config.noise_levels)
+                ),
             )
         )
         run.update(
@@ -112,7 +114,7 @@ def record_training(
     return run
 
 
-def _input_moments(config: TrainConfig, images: Tensor) -> dict[str, float]:
+def _input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]:
     """What Lemma 3.2 needs to know: the arguments of `theory.input_energy`."""
     return {
         "m": images[0].numel(),
@@ -190,18 +192,24 @@ def record_ensemble(
         kappa = parse_scaling(name).coefficients(config.n_skips)
         gain = 1.0 if config.unit_gain else 2.0
         run.begin({"kind": "ensemble", "scheme": name, "kappa": kappa, "block_gain": gain})
-    for index in range(config.networks):
-        seed = config.seed + index
-        net, x = _random_network(config, seed)
-        skips = find_skips(net, x[:1])
-        for name, buffer in buffers.items():
-            energies = _feature_energies(net, x, skips, seeded_scaling(name, seed))
-            buffer.add(index + 1, *summarise(energies, None, torch.empty(0)))
-        if on_network is not None:
-            on_network()
-    for name, run in runs.items():
-        run.append(buffers[name].drain())
-        run.end("complete", None, {})
+    state, reason = "complete", None
+    try:
+        for index in range(config.networks):
+            seed = config.seed + index
+            net, x = _random_network(config, seed)
+            skips = find_skips(net, x[:1])
+            for name, buffer in buffers.items():
+                energies = _feature_energies(net, x, skips, seeded_scaling(name, seed))
+                buffer.add(index + 1, *summarise(energies, None, torch.empty(0)))
+            if on_network is not None:
+                on_network()
+    except BaseException as error:
+        state, reason = "failed", f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        for name, run in runs.items():
+            run.append(buffers[name].drain())
+            run.end(state, reason, {})
     return list(runs.values())
 
 
@@ -223,7 +231,7 @@ def _feature_energies(
     net: TheoryUNet, x: Tensor, skips: Sequence[SkipConnection], scheme: Scaling
 ) -> dict[Key, Tensor]:
     """What a feature probe sees of one pass under a scheme."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(scale_skips(net, skips, scheme))
         features = FeatureProbe(skips)
         features.attach(net, stack)

@@ -47,7 +47,7 @@ class Run:
     def __init__(self, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.config = dict(config or {})
-        self._parts = 0
+        self._last_part: int | None = None  # number of the last part, once it is known
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -97,7 +97,7 @@ class Run:
         Raises:
             StabilityProbeError: if the folder holds a run already, or cannot be written.
         """
-        if (self.path / "run.json").exists():
+        if (self.path / "run.json").exists() or self._parts():
             raise StabilityProbeError(
                 f"{self.path}: holds a run already, which would be lost; choose another folder"
             )
@@ -116,12 +116,23 @@ class Run:
         self._write_info({**self.info, **info})
 
     def append(self, frame: pd.DataFrame) -> None:
-        """Store records as a new part, whole or not at all."""
-        self._parts += 1
-        part = self.path / "records" / f"part-{self._parts:06d}.parquet"
+        """Store records as a new part, whole or not at all.
+
+        Raises:
+            StabilityProbeError: if the part cannot be written.
+        """
+        if self._last_part is None:
+            self._last_part = max(
+                (int(p.stem.removeprefix("part-")) for p in self._parts()), default=0
+            )
+        part = self.path / "records" / f"part-{self._last_part + 1:06d}.parquet"
         partial = part.with_suffix(".partial")
-        frame.astype(dict.fromkeys(_CATEGORIES, "category")).to_parquet(partial, index=False)
-        _replace(partial, part)
+        try:
+            frame.astype(dict.fromkeys(_CATEGORIES, "category")).to_parquet(partial, index=False)
+            _replace(partial, part)
+        except OSError as error:
+            raise StabilityProbeError(f"{part}: cannot be written ({error})") from error
+        self._last_part += 1
 
     def end(self, state: str, reason: str | None, info: Mapping[str, Any]) -> None:
         """Write how the run ended: `complete`, or `failed` with the reason."""
@@ -133,9 +144,8 @@ class Run:
         Raises:
             StabilityProbeError: if a part is damaged.
         """
-        parts = sorted((self.path / "records").glob("part-*.parquet"))
         frames = []
-        for part in parts:
+        for part in self._parts():
             try:
                 frames.append(pd.read_parquet(part, columns=list(COLUMNS)))
             except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
@@ -150,6 +160,10 @@ class Run:
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file into the folder, whole or not at all."""
         write_json(self.path / name, value)
+
+    def _parts(self) -> list[Path]:
+        """The completed parts, in order."""
+        return sorted((self.path / "records").glob("part-*.parquet"))
 
     def _write_info(self, info: Mapping[str, Any]) -> None:
         self.write_json("run.json", info)

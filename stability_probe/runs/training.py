@@ -27,6 +27,8 @@ from stability_probe.skips.taps import first_tensor
 
 MODELS = ("uvit", "unet2d", "theory-unet")
 """The networks that `build_model` makes."""
+NOISE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+"""β schedules, as diffusers names them."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,16 @@ class TrainConfig:
         for name in ("steps", "n_skips", "width", "batch_size", "noise_levels"):
             if getattr(self, name) < 1:
                 raise StabilityProbeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise StabilityProbeError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise StabilityProbeError(f"learning_rate must be positive, got {self.learning_rate}")
-        for name, value, known in (("model", self.model, MODELS), ("data", self.data, DATASETS)):
-            if value not in known:
+        names = {"model": MODELS, "data": DATASETS, "noise_schedule": NOISE_SCHEDULES}
+        for name, known in names.items():
+            if getattr(self, name) not in known:
                 raise StabilityProbeError(
-                    f"unknown {name} {value!r}; choose from {', '.join(known)}"
+                    f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}"
                 )
         if self.model == "unet2d" and (self.n_skips < 4 or self.n_skips % 2):
             raise StabilityProbeError(

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from stability_probe.skips.connection import SkipConnection
 from stability_probe.skips.find import evaluating
 from stability_probe.skips.scaling import Scaling
-from stability_probe.skips.taps import OutputTap
+from stability_probe.skips.taps import OutputTap, bound_arguments
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def parameter_blocks(
                 hook = module.register_forward_hook(order.running(name), prepend=True)
                 stack.callback(hook.remove)
         frozen = {name: p.detach() for name, p in model.named_parameters()}
+        args, kwargs = bound_arguments(model, args, kwargs)
         track = _track_first_tensor()
         args, kwargs = tuple(map(track, args)), {name: track(v) for name, v in kwargs.items()}
         functional_call(model, frozen, args, kwargs)

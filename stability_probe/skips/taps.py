@@ -152,6 +152,18 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
+def bound_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call in the order of the signature, by position where they can be.
+
+    >>> bound_arguments(nn.Linear(1, 1), (), {"input": 3})
+    ((3,), {})
+    """
+    bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    return bound.args, bound.kwargs
+
+
 def first_tensor(output: Any) -> Tensor:
     """The output itself, or the first tensor of a tuple, list, dict or dataclass.
 

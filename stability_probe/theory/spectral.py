@@ -123,10 +123,15 @@ def jacobian_norm(
         (jtu,) = torch.autograd.grad(output, input, u.view_as(output), retain_graph=True)
         return jtu.reshape(len(jtu), -1)
 
-    start = torch.randn(input.shape, generator=generator, dtype=input.dtype).to(input.device)
-    return golub_kahan_norm(
-        matvec, rmatvec, start.reshape(len(start), -1), rtol=rtol, max_products=max_products
+    start: Tensor = torch.randn(input.shape, generator=generator, dtype=input.dtype).to(
+        input.device
     )
+    start = start.reshape(len(start), -1)
+    # A derivative can be finite where the function is not (a ReLU's at NaN): that is no norm.
+    for tensor in (input, output):
+        lost = ~tensor.detach().reshape(len(tensor), -1).isfinite().all(dim=1)
+        start = start.masked_fill(lost[:, None], torch.nan)
+    return golub_kahan_norm(matvec, rmatvec, start, rtol=rtol, max_products=max_products)
 
 
 def _unit(v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
