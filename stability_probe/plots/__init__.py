@@ -36,11 +36,11 @@ def all_figures(evidence: Sequence[Evidence]) -> dict[str, Figure]:
     Where a scheme was trained with several seeds, figures with one panel a scheme show the first.
     """
     training = [run for run in evidence if run.kind == "training" and run.n_skips]
-    ensembles = [run for run in evidence if run.kind == "ensemble"]
+    ensembles = [run for run in evidence if run.kind == "ensemble" and len(run.input_energies)]
     first: dict[str, Evidence] = {}
     for run in training:
         first.setdefault(tables.scheme_label(run), run)
-    sampled = [run for run in first.values() if len(run.sampled_steps)]
+    probed = [run for run in first.values() if run.samples("sigma_max", "J").size]
     figures: dict[str, Figure] = {}
     if first:
         labels = {run.name: tables.scheme_label(run) for run in training}
@@ -48,11 +48,11 @@ def all_figures(evidence: Sequence[Evidence]) -> dict[str, Figure]:
         figures["features"] = plot_feature_traces(tables.feature_traces(list(first.values())))
         figures["oscillation"] = plot_oscillation(ranges.assign(scheme=ranges.run.map(labels)))
         figures["coefficients"] = plot_coefficients(tables.coefficients(training))
-    gradients = tables.gradient_energies(sampled)
+    gradients = tables.gradient_energies(list(first.values()))
     if len(gradients):
         figures["gradients"] = plot_gradients(gradients)
-    if sampled:
-        figures["sensitivity"] = plot_sensitivity(tables.sensitivities(sampled))
+    if probed:
+        figures["sensitivity"] = plot_sensitivity(tables.sensitivities(probed))
     losses = tables.losses(training)
     if len(losses):
         figures["loss"] = plot_losses(losses)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 PALETTE: list[Any] = list(sns.color_palette("colorblind"))
 MEASURED, BOUND = PALETTE[0], PALETTE[3]
 SCHEMES = [colour for colour in PALETTE if colour != BOUND]
-"""Colours of schemes, in the order of the table; the bound keeps its own."""
+"""Colours of schemes, in the order of the table, while they last; the bound keeps its own."""
 STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -70,11 +70,13 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
     figure, axes = _grid(1, len(levels), sharey="row", size=(3.1, 3.4))
     positive = table.skip_energy[table.skip_energy > 0]
     smallest = float(positive.min()) if len(positive) else 1.0
-    colours = dict(zip(table.scheme.unique(), SCHEMES, strict=False))
+    table = table[np.isfinite(table["range"]) & (table["range"] > 0)]
+    colours = _scheme_colours(table)
     for c, level in enumerate(levels):
         ax: Axes = axes[0, c]
         mine = table[table.level == level]
-        for scheme, points in mine.groupby("scheme", sort=False):
+        for scheme in mine.scheme.unique():
+            points = mine[mine.scheme == scheme]
             ax.scatter(points.skip_energy, points["range"], color=colours[scheme], s=45,
                        edgecolor="white", label=scheme, zorder=3)  # fmt: skip
         scaled = mine[mine.skip_energy > 0]
@@ -101,13 +103,16 @@ def plot_gradients(table: pd.DataFrame) -> Figure:
     Args:
         table: from `tables.gradient_energies`.
     """
+    table = table[np.isfinite(table.measured) & np.isfinite(table.bound)]
     schemes = list(table.scheme.unique())
-    figure, axes = _grid(2, len(schemes), sharey="row")
+    figure, axes = _grid(2, max(1, len(schemes)), sharey="row")
     names = {"a": "encoder blocks aᵢ", "b": "decoder blocks bᵢ"}
     for r, (block, label) in enumerate(names.items()):
         for c, scheme in enumerate(schemes):
             ax: Axes = axes[r, c]
             mine = table[(table.block == block) & (table.scheme == scheme)]
+            if mine.empty:
+                continue
             for column, colour, name in (
                 ("bound", BOUND, "bound of Theorem 3.3, calibrated"),
                 ("measured", MEASURED, "measured"),
@@ -175,8 +180,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
     learned = table[table.learned]
     figure, axes = _grid(1, 2 if len(learned) else 1, size=(5.0, 3.8))
     ax: Axes = axes[0, 0]
-    schemes = list(table.scheme.unique())
-    for colour, scheme in zip(SCHEMES, schemes, strict=False):
+    for scheme, colour in _scheme_colours(table).items():
         mine = table[table.scheme == scheme]
         last = mine[mine.step == mine.step.max()].groupby("level")[["mean", "min", "max"]].mean()
         ax.plot(last.index, last["mean"], "o-", color=colour, label=scheme, ms=4)
@@ -207,7 +211,7 @@ def plot_losses(table: pd.DataFrame) -> Figure:
     """
     figure, axes = _grid(1, 1, size=(6.0, 4.0))
     ax: Axes = axes[0, 0]
-    for colour, scheme in zip(SCHEMES, table.scheme.unique(), strict=False):
+    for scheme, colour in _scheme_colours(table).items():
         for k, (_, run) in enumerate(table[table.scheme == scheme].groupby("run")):
             smooth = run.set_index("step").loss.ewm(span=max(2, len(run) // 20)).mean()
             ax.plot(run.step, run.loss, color=colour, alpha=0.15, lw=0.7)
@@ -229,7 +233,7 @@ def plot_law(table: pd.DataFrame) -> Figure:
     ax: Axes = axes[0, 0]
     ends = np.array([table.predicted.min() * 0.9, table.predicted.max() * 1.1])
     ax.plot(ends, ends, color=BOUND, lw=1, label="explicit law of Theorem 3.1")
-    for colour, scheme in zip(SCHEMES, table.scheme.unique(), strict=False):
+    for scheme, colour in _scheme_colours(table).items():
         mine = table[table.scheme == scheme]
         ax.errorbar(mine.predicted, mine.measured, yerr=1.96 * mine.error, fmt="o", ms=4,
                     color=colour, capsize=2, label=scheme)  # fmt: skip
@@ -237,6 +241,13 @@ def plot_law(table: pd.DataFrame) -> Figure:
     ax.legend(fontsize=9)
     _title(figure, "Feature energy of random networks: law and measurement")
     return figure
+
+
+def _scheme_colours(table: pd.DataFrame) -> dict[str, Any]:
+    """A colour for every scheme, in the order of the table."""
+    names = list(table.scheme.unique())
+    colours = SCHEMES if len(names) <= len(SCHEMES) else sns.color_palette("husl", len(names))
+    return dict(zip(names, colours, strict=False))
 
 
 def _three(levels: pd.Series) -> list[int]:

@@ -9,7 +9,7 @@ from stability_probe.theory import feature_band
 from stability_probe.verify import Evidence
 from stability_probe.verify.feature_band import fit_bands
 from stability_probe.verify.feature_law import law_table
-from stability_probe.verify.gradients import BLOCKS, gradient_bounds
+from stability_probe.verify.gradients import Gradients
 from stability_probe.verify.robustness import robustness_chain
 
 _LABELS = {
@@ -47,10 +47,9 @@ def feature_traces(runs: Sequence[Evidence]) -> pd.DataFrame:
     for run in runs:
         frame = run.series("energy", "h").reset_index().melt("step", value_name="energy")
         frame = frame.assign(scheme=scheme_label(run), lower=np.nan, upper=np.nan)
-        x = float(run.series("energy", "x")[0].mean())
-        usable = run.samples("sample_energy", "h")
-        bands = fit_bands(run) if usable.size and np.isfinite(usable).all() else []
-        for step, band in zip(run.sampled_steps, bands, strict=False):
+        x = float(run.input_energies.mean())
+        bands = fit_bands(run)
+        for step, band in zip(run.sampled_steps if bands else [], bands, strict=True):
             for level in frame.level.unique():
                 low, high = feature_band(
                     run.kappa, int(level), x, rho=band.rho, c1=band.c1, c2=band.c2, c3=band.c2,
@@ -70,21 +69,18 @@ def gradient_energies(runs: Sequence[Evidence]) -> pd.DataFrame:
     """
     frames = []
     for run in runs:
-        if not run.samples("sample_grad_energy", "a").size:
-            continue
-        bounds = gradient_bounds(run)
-        for q in BLOCKS:
-            measured = run.samples("sample_grad_energy", q)[-1]
-            level, sample = np.indices(measured.shape)
+        found = Gradients.of(run)
+        bounds = found.bounds() if found.energy else {}
+        for (q, level), energy in found.energy.items():
             frames.append(
                 pd.DataFrame(
                     {
                         "scheme": scheme_label(run),
                         "block": q,
-                        "level": level.ravel() + 1,
-                        "sample": sample.ravel(),
-                        "measured": measured.ravel(),
-                        "bound": bounds[q][-1].ravel(),
+                        "level": level,
+                        "sample": np.arange(energy.shape[1]),
+                        "measured": energy[-1],
+                        "bound": bounds[q, level][-1],
                     }
                 )
             )
@@ -134,7 +130,7 @@ def losses(runs: Sequence[Evidence]) -> pd.DataFrame:
     frames = []
     for run in runs:
         loss = run.series("loss", "loss")
-        if not loss.empty:
+        if 0 in loss:
             frame = loss[0].rename("loss").reset_index()
             frames.append(frame.assign(scheme=scheme_label(run), run=run.name))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

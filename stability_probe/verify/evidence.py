@@ -60,9 +60,19 @@ class Evidence:
 
     @cached_property
     def kappa(self) -> list[float]:
-        """κ_1..κ_N: the constants if the scheme has them, else the mean measured gains."""
-        if self.info.get("kappa"):
-            return [float(k) for k in self.info["kappa"]]
+        """κ_1..κ_N: the constants if the scheme has them, else the mean measured gains.
+
+        Raises:
+            StabilityProbeError: if `run.json` states another number of them than there are skips.
+        """
+        stated = self.info.get("kappa")
+        if stated:
+            if self.n_skips not in (0, len(stated)):
+                raise StabilityProbeError(
+                    f"{self.name}: run.json has kappa for {len(stated)} skips and the records are "
+                    f"of {self.n_skips}; correct `kappa` in run.json"
+                )
+            return [float(k) for k in stated]
         measured = self.series("kappa", "skip")
         return [float(measured[level].mean()) for level in range(1, self.n_skips + 1)]
 
@@ -83,17 +93,34 @@ class Evidence:
         rows = rows[rows.stat == stat]
         return rows.pivot(index="step", columns="level", values="value")
 
-    def samples(self, metric: str, site: str) -> np.ndarray:
-        """A scheduled measurement: (steps, levels, samples), levels rising; empty if not taken."""
+    @cached_property
+    def input_energies(self) -> pd.Series:
+        """Batch-mean ‖x_t‖² by step; empty if nothing was recorded."""
+        table = self.series("energy", "x")
+        return table[0] if 0 in table else pd.Series(dtype=float)
+
+    def samples(self, metric: str, site: str, level: int | None = None) -> np.ndarray:
+        """A scheduled measurement; empty if it was not taken.
+
+        Args:
+            metric: the quantity.
+            site: where.
+            level: for one level an array (steps, samples), otherwise (steps, levels, samples) with
+                levels rising.
+        """
+        if level is not None:
+            at_level = self.frame[self.frame.level == level]
+            table = Evidence(self.name, at_level, self.info).samples(metric, site)
+            return table[:, 0] if table.size else np.empty((0, 0))
         rows = self._select(metric, site)
         rows = rows[rows.stat.astype(str).str.fullmatch(r"s\d+")]
         if rows.empty:
             return np.empty((0, 0, 0))
         index = rows.stat.astype(str).str[1:].astype(int)
         steps, step = np.unique(rows.step, return_inverse=True)
-        levels, level = np.unique(rows.level, return_inverse=True)
+        levels, row = np.unique(rows.level, return_inverse=True)
         table = np.full((len(steps), len(levels), int(index.max()) + 1), np.nan)
-        table[step, level, index] = rows.value
+        table[step, row, index] = rows.value
         return table
 
     @cached_property

@@ -8,7 +8,7 @@ from scipy.optimize import least_squares
 from stability_probe.theory import feature_band, skip_energy_sum
 from stability_probe.theory.huang2023_features import Index
 from stability_probe.verify.evidence import Evidence
-from stability_probe.verify.statistics import share_interval, share_status
+from stability_probe.verify.statistics import FEWEST_UNITS, share_interval, share_status
 from stability_probe.verify.verdict import Verdict
 
 COVERED = 0.99
@@ -17,8 +17,6 @@ WIDEST = 0.8
 """Largest ρ: the band's sides are then a factor ((1+ρ)/(1−ρ))² = 81 apart, and it says little."""
 REQUIRED = 0.85
 """Share of the held-out half that has to lie in the band ("with high probability")."""
-FEWEST_IMAGES = 20
-"""Below this many held-out samples no share is tested."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,13 @@ def fit_band(signal: np.ndarray, energy: np.ndarray) -> Band:
 
 
 def fit_bands(run: Evidence, index: Index = "tight") -> list[Band]:
-    """A band for each step at which the probe batch was measured, from its even samples."""
+    """A band for each step at which the probe batch was measured, from its even samples.
+
+    None if nothing was measured, or some energy is zero or not finite.
+    """
     x, h, kappa = _measurements(run)
+    if not _sound(x, h):
+        return []
     return [fit_band(_signal(x[t], kappa, index)[:, ::2], h[t][:, ::2]) for t in range(len(h))]
 
 
@@ -88,16 +91,12 @@ def feature_band_verdict(run: Evidence, index: Index = "tight") -> Verdict:
     claim = f"‖h_i‖² in the band (1±ρ)²(c₁‖x_t‖²Σκ² + c₂), {index} sum"
     x, h, kappa = _measurements(run)
     n = h.shape[2] // 2 if h.size else 0
-    if n < FEWEST_IMAGES:
-        return Verdict(
-            "3.1", run.name, claim, "INCONCLUSIVE", n=n,
-            advice=f"{n} held-out samples; a probe batch of {2 * FEWEST_IMAGES} is needed",
-        )  # fmt: skip
-    if not (np.isfinite(h).all() and (h > 0).all()):
-        return Verdict(
-            "3.1", run.name, claim, "ASSUMPTION_UNMET", n=n,
-            advice="some ‖h_i‖² is zero, infinite or NaN: the network has broken down",
-        )  # fmt: skip
+    if n < FEWEST_UNITS:
+        advice = f"{n} held-out samples; a probe batch of {2 * FEWEST_UNITS} is needed"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=n)
+    if not _sound(x, h):
+        advice = "some energy is zero, infinite or NaN: the network has broken down"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=n, unmet=True)
     bands = fit_bands(run, index)
     held_out, levels = h[:, :, 1::2], range(h.shape[1])
     lower, upper = np.empty_like(held_out), np.empty_like(held_out)
@@ -137,6 +136,12 @@ def feature_band_verdict(run: Evidence, index: Index = "tight") -> Verdict:
 def _measurements(run: Evidence) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """‖x_t‖² (steps, 1, samples), ‖h_i‖² (steps, levels, samples) and κ."""
     return run.samples("sample_energy", "x"), run.samples("sample_energy", "h"), run.kappa
+
+
+def _sound(x: np.ndarray, h: np.ndarray) -> bool:
+    """Whether there are energies, all of them positive and finite."""
+    values = np.concatenate([x.ravel(), h.ravel()])
+    return bool(values.size and np.isfinite(values).all() and (values > 0).all())
 
 
 def _signal(x: np.ndarray, kappa: list[float], index: Index) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 
 from stability_probe.theory import feature_energy_law
 from stability_probe.verify.evidence import Evidence
-from stability_probe.verify.statistics import bootstrap_interval, equality_status
+from stability_probe.verify.statistics import FEWEST_UNITS, bootstrap_interval, equality_status
 from stability_probe.verify.verdict import Verdict
 
 WIDEST = 0.5
@@ -39,7 +39,15 @@ def feature_law_verdict(run: Evidence) -> Verdict:
     The units are networks: each has a slope and an intercept of its own, and their means are
     tested. Where all predictions are the same (no skips), the line is put through the origin.
     """
+    claim = "explicit law of E‖h_i‖² on random networks"
+    count = len(run.input_energies)
+    if count < FEWEST_UNITS:
+        advice = f"too few networks: {count} were recorded and {FEWEST_UNITS} are needed"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=count)
     predicted, measured = law_table(run)
+    if not np.isfinite(measured).all():
+        advice = "some ‖h_i‖² is infinite or NaN: a network has broken down"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=count, unmet=True)
     flat = np.ptp(predicted) <= FLAT * predicted.mean()
     centred = predicted - (0.0 if flat else predicted.mean())
     slopes = measured @ centred / (centred @ centred)
@@ -48,7 +56,7 @@ def feature_law_verdict(run: Evidence) -> Verdict:
     interval = bootstrap_interval(lambda nets: float(slopes[nets].mean()), n)
     offset = bootstrap_interval(lambda nets: float(intercepts[nets].mean()), n)
     status = equality_status(interval, 1.0, WIDEST)
-    if status == "HOLDS" and offset is not None and not offset[0] <= 0 <= offset[1]:
+    if status == "HOLDS" and equality_status(offset, 0.0, np.inf) == "VIOLATED":
         status = "VIOLATED"
     line = "line through the origin" if flat or offset is None else (
         f"intercept {intercepts.mean():.2g} [{offset[0]:.2g}, {offset[1]:.2g}]"
@@ -61,7 +69,7 @@ def feature_law_verdict(run: Evidence) -> Verdict:
     return Verdict(
         "3.1",
         run.name,
-        "explicit law of E‖h_i‖² on random networks",
+        claim,
         status,
         measured=float(measured[:, 0].mean()),
         bound=float(predicted[0]),

@@ -1,10 +1,13 @@
 """Theorem 3.3: per-sample gradient energies against ℓ‖x_t‖²Σκ²."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from stability_probe.theory import gradient_bound, gradient_scale
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import (
+    FEWEST_UNITS,
     at_most_status,
     bootstrap_interval,
     share_interval,
@@ -14,9 +17,72 @@ from stability_probe.verify.verdict import Verdict
 
 REQUIRED = 0.85
 """Share of the held-out half that has to lie below the bound ("with high probability")."""
-FEWEST_SAMPLES = 40
+FEWEST_SAMPLES = 2 * FEWEST_UNITS
 """Below this many samples in the probe batch nothing is tested."""
-BLOCKS = ("a", "b")
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Per-sample gradient energies of a run, each array (steps, samples).
+
+    Attributes:
+        loss: ℓ_s.
+        x: ‖x_t‖².
+        energy: the largest ‖∇W ℓ_s‖² over the weights W of a block, by kind (`a`, `b`) and level;
+            frozen blocks are not there.
+        kappa: κ_1..κ_N.
+    """
+
+    loss: np.ndarray
+    x: np.ndarray
+    energy: dict[tuple[str, int], np.ndarray]
+    kappa: list[float]
+
+    @classmethod
+    def of(cls, run: Evidence) -> "Gradients":
+        """The per-sample gradients in a run's records."""
+        energy = {}
+        for q in ("a", "b"):
+            for level in range(1, run.n_skips + 1):
+                values = run.samples("sample_grad_energy", q, level)
+                if values.size:
+                    energy[q, level] = values
+        loss, x = run.samples("sample_loss", "loss", 0), run.samples("sample_energy", "x", 0)
+        return cls(loss, x, energy, run.kappa)
+
+    @property
+    def sound(self) -> bool:
+        """Whether all numbers are positive and finite."""
+        values = np.stack([self.loss, self.x, *self.energy.values()])
+        return bool(np.isfinite(values).all() and (values > 0).all())
+
+    @property
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the samples with the smaller and with the larger ℓ‖x‖², for every step."""
+        order = np.argsort(self.loss * self.x, axis=1)
+        half = order.shape[1] // 2
+        return order[:, :half], order[:, half:]
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """c of the bound c ℓ‖x‖²(Σκ² + 1), (steps,), per kind of block.
+
+        It is the smallest that covers the half of the samples with the smaller ℓ‖x‖².
+        """
+        easy, _ = self.halves
+        least: dict[str, np.ndarray] = {}
+        for (q, level), g in self.energy.items():
+            ratio = np.take_along_axis(g / self._unit_bound(level), easy, axis=1).max(axis=1)
+            least[q] = np.maximum(least.get(q, ratio), ratio)
+        return least
+
+    def bounds(self) -> dict[tuple[str, int], np.ndarray]:
+        """c ℓ‖x‖²(Σκ² + 1) for every block, (steps, samples)."""
+        c = self.constants()
+        return {(q, i): c[q][:, None] * self._unit_bound(i) for q, i in self.energy}
+
+    def _unit_bound(self, level: int) -> np.ndarray:
+        """ℓ‖x‖²(Σκ² + 1): the bound with c = 1 and the derived c_4 = c ℓ‖x‖²."""
+        return gradient_bound(self.kappa, level, self.loss, self.x, c4=self.loss * self.x)
 
 
 def gradient_slope_verdict(run: Evidence) -> Verdict:
@@ -27,61 +93,41 @@ def gradient_slope_verdict(run: Evidence) -> Verdict:
     contradict the inequality on the samples at hand, which `gradient_bound_verdict` tests.
     """
     claim = "order: ‖∇W ℓ_s‖² grows no faster than ℓ_s‖x_t‖²Σκ² (slope ≤ 1)"
-    unfit = _unfit(run, claim)
+    found = Gradients.of(run)
+    unfit = _unfit(run, found, claim)
     if unfit is not None:
         return unfit
     if not any(run.kappa):
-        return Verdict(
-            "3.3", run.name, claim, "ASSUMPTION_UNMET",
-            advice="Σκ² = 0 without skips: the theorem leaves the constant c₄ alone",
-        )  # fmt: skip
-    loss, x, gradients = _measurements(run)
-    levels = [i for i in range(1, run.n_skips + 1) if any(run.kappa[i - 1 :])]
-    scale = np.stack([gradient_scale(run.kappa, i, loss, x) for i in levels], axis=1)
-    kept = {q: g[:, [i - 1 for i in levels]] for q, g in gradients.items()}
-    cross, square = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    for g in kept.values():
-        dx, dy = _within_steps(np.log(scale)), _within_steps(np.log(g))
+        advice = "Σκ² = 0 without skips: the theorem leaves the constant c₄ alone"
+        return Verdict.undecided("3.3", run.name, claim, advice, n=found.x.shape[1], unmet=True)
+    pairs = _log_pairs(found)
+    cross, square = np.zeros(found.x.shape[1]), np.zeros(found.x.shape[1])
+    for x, y in pairs:
+        dx, dy = x - x.mean(axis=(1, 2), keepdims=True), y - y.mean(axis=(1, 2), keepdims=True)
         cross += (dx * dy).sum(axis=(0, 1))
         square += (dx * dx).sum(axis=(0, 1))
-    estimate = float(cross.sum() / square.sum())
-    sample_slope, level_slope = _slopes_apart(np.log(scale), [np.log(g) for g in kept.values()])
     interval = bootstrap_interval(lambda s: float(cross[s].sum() / square[s].sum()), len(cross))
     status = at_most_status(interval, 1.0)
+    over_samples, over_levels = _slopes_apart(pairs)
+    meaning = {
+        "HOLDS": "the order of the bound is right",
+        "VIOLATED": "gradients grow faster than the bound over this range, which therefore "
+        "holds through its constant alone",
+        "INCONCLUSIVE": "a slope of 1 is inside the interval; enlarge the probe batch",
+    }[status]
+    apart = f"{over_samples:.2g} over samples within a level, {over_levels:.2g} over levels"
     return Verdict(
         "3.3",
         run.name,
         claim,
         status,
-        measured=float(np.median(np.stack(list(kept.values())))),
+        measured=float(np.median(np.exp(np.concatenate([y.ravel() for _, y in pairs])))),
         statistic="log–log slope",
-        estimate=estimate,
+        estimate=float(cross.sum() / square.sum()),
         interval=interval,
         n=len(cross),
-        advice={
-            "HOLDS": "the order of the bound is right",
-            "VIOLATED": "gradients grow faster than the bound over this range, which therefore "
-            "holds through its constant alone",
-            "INCONCLUSIVE": "a slope of 1 is inside the interval; enlarge the probe batch",
-        }[status]
-        + f"; {sample_slope:.2g} over samples within a level, {level_slope:.2g} over levels"
-        + _gains(run),
-    )  # fmt: skip
-
-
-def gradient_constants(run: Evidence) -> dict[str, np.ndarray]:
-    """c of the bound c ℓ‖x‖²(Σκ² + 1) per kind of block and step.
-
-    It is the smallest that covers the half of the samples with the smaller ℓ‖x‖².
-    """
-    loss, x, gradients = _measurements(run)
-    unit = _bound(run, loss, x, np.ones(len(loss)))
-    order = np.argsort(loss * x, axis=1)
-    easy = order[:, : order.shape[1] // 2]
-    return {
-        q: np.take_along_axis(g / unit, easy[:, None, :], axis=2).max(axis=(1, 2))
-        for q, g in gradients.items()
-    }
+        advice=f"{meaning}; {apart}{_gains(run)}",
+    )
 
 
 def gradient_bound_verdict(run: Evidence) -> Verdict:
@@ -91,23 +137,23 @@ def gradient_bound_verdict(run: Evidence) -> Verdict:
     the other half: the bound has to extrapolate. c_4 = c ℓ‖x‖², the derived law of unit gains.
     """
     claim = "‖∇W ℓ_s‖² ≤ c ℓ_s‖x_t‖²(Σκ² + 1)"
-    unfit = _unfit(run, claim)
+    found = Gradients.of(run)
+    unfit = _unfit(run, found, claim)
     if unfit is not None:
         return unfit
-    loss, x, gradients = _measurements(run)
-    constants = gradient_constants(run)
-    order = np.argsort(loss * x, axis=1)
-    hard = order[:, order.shape[1] // 2 :]
-    measured, bound = [], []
-    for q, g in gradients.items():
-        measured.append(np.take_along_axis(g, hard[:, None, :], axis=2))
-        limit = _bound(run, loss, x, constants[q])
-        bound.append(np.take_along_axis(limit, hard[:, None, :], axis=2))
-    g, limit = np.stack(measured), np.stack(bound)
+    _, hard = found.halves
+    bounds = found.bounds()
+    g = np.stack([np.take_along_axis(e, hard, axis=1) for e in found.energy.values()])
+    limit = np.stack([np.take_along_axis(bounds[b], hard, axis=1) for b in found.energy])
     share = float((g <= limit).mean())
     interval = share_interval(share, hard.shape[1])
     status = share_status(interval, REQUIRED)
     typical = int(np.argsort(limit.ravel() / g.ravel())[g.size // 2])
+    meaning = {
+        "HOLDS": "constants from easy samples cover the hard ones",
+        "VIOLATED": "constants from easy samples do not cover the hard ones",
+        "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch",
+    }[status]
     return Verdict(
         "3.3",
         run.name,
@@ -119,68 +165,52 @@ def gradient_bound_verdict(run: Evidence) -> Verdict:
         estimate=share,
         interval=interval,
         n=hard.shape[1],
-        advice={
-            "HOLDS": "constants from easy samples cover the hard ones",
-            "VIOLATED": "constants from easy samples do not cover the hard ones",
-            "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch",
-        }[status] + _gains(run),
-    )  # fmt: skip
+        advice=meaning + _gains(run),
+    )
 
 
-def gradient_bounds(run: Evidence) -> dict[str, np.ndarray]:
-    """The calibrated bound per kind of block: (steps, levels, samples)."""
-    loss, x, _ = _measurements(run)
-    return {q: _bound(run, loss, x, c) for q, c in gradient_constants(run).items()}
-
-
-def _bound(run: Evidence, loss: np.ndarray, x: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """C ℓ‖x‖²(Σκ² + 1): (steps, levels, samples), from a constant a step."""
-    c4 = c[:, None] * loss * x
-    levels = range(1, run.n_skips + 1)
-    per_level = [gradient_bound(run.kappa, i, c[:, None] * loss, x, c4=c4) for i in levels]
-    return np.stack(per_level, axis=1)
-
-
-def _measurements(run: Evidence) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """ℓ_s and ‖x_t‖² (steps, samples), and gradient energies per kind (steps, levels, samples)."""
-    loss = run.samples("sample_loss", "loss")
-    x = run.samples("sample_energy", "x")
-    gradients = {q: run.samples("sample_grad_energy", q) for q in BLOCKS}
-    return loss[:, 0], x[:, 0], gradients
-
-
-def _unfit(run: Evidence, claim: str) -> Verdict | None:
+def _unfit(run: Evidence, found: Gradients, claim: str) -> Verdict | None:
     """A verdict that the records cannot carry the claim, if so."""
-    loss = run.samples("sample_loss", "loss")
-    n = loss.shape[2] if loss.size else 0
-    if n < FEWEST_SAMPLES:
-        return Verdict(
-            "3.3", run.name, claim, "INCONCLUSIVE", n=n,
-            advice=f"per-sample gradients of {n} samples were recorded; {FEWEST_SAMPLES} are "
-            "needed, from a probe batch with a target",
-        )  # fmt: skip
-    values = np.concatenate([run.samples("sample_grad_energy", q).ravel() for q in BLOCKS])
-    if not (np.isfinite(values).all() and (values > 0).all() and (loss > 0).all()):
-        return Verdict(
-            "3.3", run.name, claim, "ASSUMPTION_UNMET", n=n,
-            advice="some gradient or loss is zero, infinite or NaN: the network has broken down",
-        )  # fmt: skip
+    n = found.loss.shape[1]
+    if n < FEWEST_SAMPLES or not found.energy:
+        advice = (
+            f"per-sample gradients of {n} samples were recorded; {FEWEST_SAMPLES} are "
+            "needed, from a probe batch with a target"
+        )
+        return Verdict.undecided("3.3", run.name, claim, advice, n=n)
+    if not found.sound:
+        advice = "some gradient, loss or ‖x_t‖² is 0, infinite or NaN: the network has broken down"
+        return Verdict.undecided("3.3", run.name, claim, advice, n=n, unmet=True)
     return None
 
 
-def _within_steps(table: np.ndarray) -> np.ndarray:
-    """A table (steps, levels, samples) less the mean of its step."""
-    return np.asarray(table - table.mean(axis=(1, 2), keepdims=True))
+def _log_pairs(found: Gradients) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Logarithms of ℓ‖x‖²Σκ² and of the gradient energy, (steps, levels, samples), per kind.
+
+    Levels with Σκ² = 0 are left out.
+    """
+    pairs = []
+    for q in ("a", "b"):
+        levels = [i for kind, i in found.energy if kind == q and any(found.kappa[i - 1 :])]
+        if levels:
+            scales = [gradient_scale(found.kappa, i, found.loss, found.x) for i in levels]
+            energies = [found.energy[q, i] for i in levels]
+            pairs.append((np.log(np.stack(scales, axis=1)), np.log(np.stack(energies, axis=1))))
+    return pairs
 
 
-def _slopes_apart(x: np.ndarray, ys: list[np.ndarray]) -> tuple[float, float]:
+def _slopes_apart(pairs: list[tuple[np.ndarray, np.ndarray]]) -> tuple[float, float]:
     """The slope over samples within (step, level), and over levels' means within a step."""
-    dx, mean_x = x - x.mean(axis=2, keepdims=True), x.mean(axis=2)
-    mean_x = mean_x - mean_x.mean(axis=1, keepdims=True)
-    over_samples = sum(float((dx * y).sum()) for y in ys) / (len(ys) * float((dx * dx).sum()))
-    spread = len(ys) * float((mean_x * mean_x).sum())
-    covariance = sum(float((mean_x * y.mean(axis=2)).sum()) for y in ys)
-    return over_samples, covariance / spread if spread > 0 else float("nan")
+    within, between = np.zeros(2), np.zeros(2)
+    for x, y in pairs:
+        dx = x - x.mean(axis=2, keepdims=True)
+        mean_x = x.mean(axis=2) - x.mean(axis=(1, 2))[:, None]
+        within += [(dx * y).sum(), (dx * dx).sum()]
+        between += [(mean_x * y.mean(axis=2)).sum(), (mean_x * mean_x).sum()]
+    return (
+        float(within[0] / within[1]) if within[1] > 0 else float("nan"),
+        float(between[0] / between[1]) if between[1] > 0 else float("nan"),
+    )
 
 
 def _gains(run: Evidence) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 
 from stability_probe.theory import input_energy
 from stability_probe.verify.evidence import Evidence
-from stability_probe.verify.statistics import bootstrap_interval, equality_status
+from stability_probe.verify.statistics import FEWEST_UNITS, bootstrap_interval, equality_status
 from stability_probe.verify.verdict import Verdict
 
 WIDEST = 0.1
@@ -20,15 +20,21 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
     are trained on the same x_t, so one run a seed is used.
     """
     claim = "mean ‖x_t‖² = (1 − (1 − s₀²) E[α²]) m"
-    described = [run for run in runs if "input" in run.info]
+    described = [run for run in runs if run.info.get("input")]
     if not described:
-        return Verdict(
-            "3.2", _names(runs), claim, "INCONCLUSIVE",
-            advice="the records do not say what data and noise schedule they come from; "
-            "pass a Run whose run.json has `input`",
-        )  # fmt: skip
+        advice = (
+            "the records do not say what data and noise schedule they come from; "
+            "pass a Run whose run.json has `input`"
+        )
+        return Verdict.undecided("3.2", _names(runs), claim, advice)
     by_seed = {run.info.get("seed"): run for run in described}
-    energies = np.concatenate([run.series("energy", "x")[0] for run in by_seed.values()])
+    energies = np.concatenate([run.input_energies.to_numpy() for run in by_seed.values()])
+    if len(energies) < FEWEST_UNITS:
+        advice = f"{len(energies)} steps were recorded; {FEWEST_UNITS} are needed"
+        return Verdict.undecided("3.2", _names(runs), claim, advice, n=len(energies))
+    if not np.isfinite(energies).all():
+        advice = "some ‖x_t‖² is infinite or NaN"
+        return Verdict.undecided("3.2", _names(runs), claim, advice, n=len(energies), unmet=True)
     predicted = input_energy(**described[0].info["input"])
     ratio = energies / predicted
     interval = bootstrap_interval(lambda steps: float(ratio[steps].mean()), len(ratio))
@@ -47,7 +53,7 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
         advice={
             "HOLDS": "the inputs have the energy that the theorems assume",
             "VIOLATED": "the data or the noise schedule is not what run.json says",
-            "INCONCLUSIVE": "too few steps to tell; record more",
+            "INCONCLUSIVE": "the interval is too wide to tell; record more steps",
         }[status],
     )
 

@@ -21,24 +21,27 @@ def oscillation_table(runs: Sequence[Evidence]) -> pd.DataFrame:
     """The range of ‖h_i‖² over training, for every run and level.
 
     Returns:
-        A frame of run, level, `skip_energy` = ‖x_t‖² Σ_{j≥i} κ_j², and `range` = max − min over
-        steps of the batch-mean ‖h_i‖², both in units of energy.
+        A frame of unit (the run's place in `runs`), run, level, `skip_energy` = ‖x‖² Σ_{j≥i} κ_j²,
+        and `range` = max − min over steps of the batch-mean ‖h_i‖², both in units of energy; the
+        range is infinite where an energy was not finite.
     """
     rows = []
-    for run in runs:
+    for unit, run in enumerate(runs):
         energy = run.series("energy", "h")
         settled = energy[energy.index > TRANSIENT * energy.index.max()]
-        x = float(run.series("energy", "x")[0].mean())
+        x = float(run.input_energies.mean())
         for level in settled.columns:
+            values = settled[level].to_numpy()
             rows.append(
                 {
+                    "unit": unit,
                     "run": run.name,
                     "level": int(level),
                     "skip_energy": x * skip_energy_sum(run.kappa, int(level)),
-                    "range": float(settled[level].max() - settled[level].min()),
+                    "range": float(np.ptp(values)) if np.isfinite(values).all() else np.inf,
                 }
             )
-    return pd.DataFrame(rows, columns=["run", "level", "skip_energy", "range"])
+    return pd.DataFrame(rows, columns=["unit", "run", "level", "skip_energy", "range"])
 
 
 def oscillation_verdict(runs: Sequence[Evidence]) -> Verdict:
@@ -49,17 +52,16 @@ def oscillation_verdict(runs: Sequence[Evidence]) -> Verdict:
     """
     claim = "range of ‖h_i‖² over training rises with Σκ²"
     table = oscillation_table(runs)
-    ranges = table.pivot(index="run", columns="level", values="range").to_numpy()
-    sums = table.pivot(index="run", columns="level", values="skip_energy").to_numpy()
+    ranges = table.pivot(index="unit", columns="level", values="range").to_numpy()
+    sums = table.pivot(index="unit", columns="level", values="skip_energy").to_numpy()
     if len(ranges) < FEWEST_RUNS:
-        return Verdict(
-            "3.1", f"{len(ranges)} runs", claim, "INCONCLUSIVE", n=len(ranges),
-            advice=f"a correlation across runs needs at least {FEWEST_RUNS} of them",
-        )  # fmt: skip
+        advice = f"a correlation across runs needs at least {FEWEST_RUNS} of them"
+        return Verdict.undecided("3.1", f"{len(ranges)} runs", claim, advice, n=len(ranges))
 
     def correlation(units: np.ndarray) -> float:
         pairs = [(sums[units, i], ranges[units, i]) for i in range(ranges.shape[1])]
-        varied = [(s, r) for s, r in pairs if np.ptp(s) > 0 and np.ptp(r) > 0]
+        ranks = [(stats.rankdata(s), stats.rankdata(r)) for s, r in pairs]
+        varied = [(s, r) for s, r in ranks if np.ptp(s) > 0 and np.ptp(r) > 0]
         if not varied:
             return float("nan")
         return float(np.mean([stats.spearmanr(s, r).statistic for s, r in varied]))

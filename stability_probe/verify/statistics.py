@@ -10,6 +10,9 @@ from stability_probe.verify.verdict import Status
 
 Interval = tuple[float, float]
 
+FEWEST_UNITS = 20
+"""Below this many units a bootstrap interval is too narrow to be believed."""
+
 
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], float], n: int, *, resamples: int = 2000, seed: int = 0
@@ -86,7 +89,8 @@ def equality_status(interval: Interval | None, target: float, widest: float) -> 
     if interval is None:
         return "INCONCLUSIVE"
     low, high = interval
-    if not low <= target <= high:
+    rounding = 1e-9 * max(1.0, abs(target))
+    if not low - rounding <= target <= high + rounding:
         return "VIOLATED"
     return "HOLDS" if high - low <= widest else "INCONCLUSIVE"
 

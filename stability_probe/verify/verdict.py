@@ -49,6 +49,14 @@ class Verdict:
         if self.interval is not None and self.interval[0] > self.interval[1]:
             raise ValueError(f"interval {self.interval} is upside down")
 
+    @classmethod
+    def undecided(
+        cls, theorem: Theorem, run: str, claim: str, advice: str, *, n: int = 0, unmet: bool = False
+    ) -> "Verdict":
+        """A verdict without numbers: INCONCLUSIVE, or ASSUMPTION_UNMET if `unmet`."""
+        status: Status = "ASSUMPTION_UNMET" if unmet else "INCONCLUSIVE"
+        return cls(theorem, run, claim, status, n=n, advice=advice)
+
     @property
     def slack(self) -> float | None:
         """Bound / measured.

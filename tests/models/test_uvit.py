@@ -197,7 +197,6 @@ def test_weights_come_from_the_generator_alone():
     )
 
 
-@pytest.mark.xfail(strict=True, reason="bug: layers first draw from the global generator")
 def test_building_leaves_the_global_random_state_alone():
     before = torch.random.get_rng_state()
     UViT(UViTConfig(**SIZES))

@@ -129,7 +129,8 @@ def ensemble(
     whole, own = rng.normal(size=(n, 1)), rng.normal(size=(n, len(law)))
     factor = np.exp(noise * whole - noise**2 / 2) * np.exp(noise / 4 * own - noise**2 / 32)
     known = {"kind": "ensemble", "scheme": "cs:0.7", "kappa": list(kappa), "block_gain": 1.0}
-    frame = _concat([traced("energy", "x", x), traced("energy", "h", x * law * factor)])
+    networks = gains(kappa, range(1, n + 1))
+    frame = _concat([traced("energy", "x", x), traced("energy", "h", x * law * factor), networks])
     return Evidence("cs:0.7", frame, {**known, **info})
 
 
@@ -234,12 +235,12 @@ def trace(
     scheme: str = "cs:0.7",
     **info: Any,
 ) -> Evidence:
-    """A training run: ‖h_i‖² swings by `amplitude` (default ‖x‖² Σκ²) after a transient.
+    """A training run: ‖h_i‖² swings by `amplitude` after a transient.
 
-    The losses fall as 1/step.
+    The amplitude is ‖x‖² Σκ², or 1 without skips; the losses fall as 1/step.
     """
     t = np.arange(1, steps + 1)
-    swing = x * tail_sums(kappa)[0] if amplitude is None else amplitude
+    swing = (x * tail_sums(kappa)[0] or 1.0) if amplitude is None else amplitude
     h = (1000.0 + swing * (t % 2))[:, None] * np.ones(len(kappa) + 1)
     h[t <= steps / 6] *= 50.0
     frames = (

@@ -60,8 +60,9 @@ def places(net: nn.Module) -> Places:
         return Places(net.in_blocks, [b.skip_linear for b in out], out, net.mid_block, 2)
     down, up = net.down_blocks, net.up_blocks
     encoder = [net.conv_in, down[0].resnets[0], down[0].downsamplers[0], down[1].resnets[0]]
-    decoder = [up[1].resnets[1], up[1].resnets[0], up[0].resnets[1], up[0].resnets[0]]
-    return Places(encoder, decoder, decoder, net.mid_block, 1)
+    merges = [up[1].resnets[1], up[1].resnets[0], up[0].resnets[1], up[0].resnets[0]]
+    decoder = [*merges[:2], up[0].upsamplers[0], merges[3]]  # z_2 is what was enlarged
+    return Places(encoder, merges, decoder, net.mid_block, 1)
 
 
 def run_pass(net: nn.Module, x: Tensor, t: Tensor) -> Pass:
@@ -198,12 +199,10 @@ def block_of(net: nn.Module, name: str) -> tuple[str, int]:
     if name.startswith("mid"):
         return "mid", 0
     where = places(net)
-    for kind, modules in (("a", where.encoder), ("b", where.decoder)):
+    for kind, modules in (("a", where.encoder), ("b", where.merge), ("b", where.decoder)):
         for level, module in enumerate(modules, start=1):
             if any(p is net.get_parameter(name) for p in module.parameters()):
                 return kind, level
-    if name.startswith("up_blocks.0.upsamplers"):
-        return "b", 3  # it runs after up_blocks.0.resnets.1, before the next merge
     return ("a", 1) if name.startswith("patch_embed") else ("b", 1)
 
 
@@ -237,7 +236,10 @@ BlockFn = Callable[[Tensor], Tensor]
 def blocks_at(
     net: nn.Module, x: Tensor, t: Tensor, kappa: Sequence[float]
 ) -> tuple[dict[tuple[str, int], tuple[BlockFn, Tensor]], Tensor]:
-    """By hand at one sample (1, ...): every block of Eq. 4 with its input, and the output z_0."""
+    """By hand at one sample (1, ...): every block of Eq. 4 with its input, and the output z_0.
+
+    The blocks are functions of a batch of any length.
+    """
     a, b, mid, merge = _uvit(net, x, t) if isinstance(net, UViT) else _theory(net)
     blocks: dict[tuple[str, int], tuple[BlockFn, Tensor]] = {}
     u, v = {}, x
@@ -273,12 +275,13 @@ def _uvit(net: UViT, x: Tensor, t: Tensor) -> Parts:
 
     def embed(image: Tensor) -> Tensor:
         tokens = net.patch_embed(image)
-        time = timestep_embedding(t, tokens.shape[2]).to(tokens.dtype)[:, None]
+        time = timestep_embedding(t, tokens.shape[2]).to(tokens.dtype)
+        time = time[:, None].expand(len(image), -1, -1)
         return torch.cat([time, tokens], 1) + net.pos_embed
 
     def image(tokens: Tensor) -> Tensor:
-        pixels = net.decoder_pred(net.norm(tokens))[:, 1:].reshape(1, 4, 4, 2, 2, 1)
-        return net.final_layer(pixels.permute(0, 5, 1, 3, 2, 4).reshape(x.shape))
+        pixels = net.decoder_pred(net.norm(tokens))[:, 1:].reshape(-1, 4, 4, 2, 2, 1)
+        return net.final_layer(pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, *x.shape[1:]))
 
     inner = [body(block) for block in net.in_blocks]
     a = [lambda v: inner[0](embed(v)), *inner[1:]]

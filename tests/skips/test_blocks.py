@@ -87,7 +87,13 @@ def test_frozen_parameters_have_blocks_too():
     assert parameter_blocks(model, find_skips(model, X, T), X, T) == spread(model, UNET2D)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: gates run between blocks and are taken for one's own")
+def test_a_layer_that_runs_twice_belongs_to_the_block_of_its_first_run():
+    model = CASES["theory-add"].build()
+    model.decoder[0].block.layer2 = model.encoder[1].layer2
+    blocks = parameter_blocks(model, find_skips(model, X), X)
+    assert blocks["encoder.1.layer2.weight"] == A[2]
+
+
 @models
 @pytest.mark.parametrize("shared", [True, False])
 def test_gates_belong_to_no_block(build, args, expected, shared):
@@ -118,7 +124,7 @@ def test_leaves_no_trace(build, args, expected):
     parameters = dict(model.named_parameters())
     rng = torch.random.get_rng_state()
     with torch.no_grad():  # it needs gradients itself, wherever it is called from
-        parameter_blocks(model, skips, *args)
+        assert parameter_blocks(model, skips, *args) == spread(model, expected)
         assert not torch.is_grad_enabled()
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), rng)

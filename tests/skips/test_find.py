@@ -140,18 +140,7 @@ def test_merges_are_of_main_and_skip(case):
         assert torch.equal(merged, expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[]
-            if not name.startswith("unet2d")
-            else pytest.mark.xfail(strict=True, reason="bug: the upsampler of b_i is left out"),
-        )
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_output_of_block_i_is_what_merge_i_minus_one_reads(name):
     """h_{i-1} = z_{i-1}, for every merge but the one that the network's own output follows."""
     skips, seen = observe(CASES[name], CASES[name].build())
@@ -160,7 +149,6 @@ def test_output_of_block_i_is_what_merge_i_minus_one_reads(name):
         assert torch.equal(seen["h", s.level - 1], seen["main", s.level - 1])
 
 
-@pytest.mark.xfail(strict=True, reason="bug: its downsamplers act on the image")
 def test_unet2d_of_skip_blocks():
     """NCSN++: u after a downsampling is the sum of a resnet and a convolution of the image."""
     model = unet2d(

@@ -138,7 +138,9 @@ def test_non_shared_is_one_network_a_skip_the_deepest_first():
     assert gates(scheme) == expected
 
 
-@pytest.mark.parametrize(("reduction", "hidden"), [(1, 32), (4, 8), (16, 2), (33, 1), (1000, 1)])
+@pytest.mark.parametrize(
+    ("reduction", "hidden"), [(1, 32), (4, 8), (5, 6), (16, 2), (33, 1), (1000, 1)]
+)
 def test_reduction(reduction, hidden):
     scheme = LearnableScaling(reduction=reduction)
     scheme.prepare(skips_of((32, 8)))

@@ -156,7 +156,6 @@ def test_first_tensor_of_an_output_is_seen(wrap):
     assert type(out) is type(wrap(ONE))
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="bug: a dataclass is not iterable")
 def test_first_tensor_of_a_dataclass_is_seen():
     assert first_tensor(Output(2, ONE)) is ONE
 
@@ -167,7 +166,6 @@ def test_output_tensor_is_replaced():
     assert torch.equal(model(ONE), 3 * ONE)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the tensor takes the place of the whole tuple")
 def test_tensor_inside_an_output_is_replaced():
     model = Returns(WRAPPED["tuple"])
     OutputTap("").attach(model, times(3))

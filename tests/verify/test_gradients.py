@@ -1,0 +1,201 @@
+import numpy as np
+import pytest
+
+from stability_probe.verify import Evidence
+from stability_probe.verify.gradients import (
+    Gradients,
+    gradient_bound_verdict,
+    gradient_slope_verdict,
+)
+from tests.oracles.evidence import altered, bare, gradients, relabelled, tail_sums, trace, without
+
+
+def bounds_of(evidence):
+    """The calibrated bound per kind of block: (steps, levels, samples)."""
+    found = Gradients.of(evidence).bounds()
+    return {q: np.stack([found[q, i] for i in (1, 2, 3)], axis=1) for q in "ab"}
+
+
+SUMS = tail_sums((1.0, 0.7, 0.49))[:-1]
+BOTH = pytest.mark.parametrize("verdict_of", [gradient_slope_verdict, gradient_bound_verdict])
+
+
+class TestSlope:
+    @pytest.mark.parametrize(
+        ("power", "status", "meaning"),
+        [
+            (0.5, "HOLDS", "the order of the bound is right"),
+            (0.9, "HOLDS", "the order of the bound is right"),
+            (1.0, "INCONCLUSIVE", "a slope of 1 is inside the interval"),
+            (1.1, "VIOLATED", "gradients grow faster than the bound"),
+            (2.0, "VIOLATED", "gradients grow faster than the bound"),
+        ],
+    )
+    def test_slope_of_a_power_law(self, power, status, meaning):
+        verdict = gradient_slope_verdict(gradients(power=power, sums=SUMS))
+        assert verdict.estimate == pytest.approx(power, abs=0.02)
+        assert verdict.interval[0] < verdict.estimate < verdict.interval[1]
+        assert verdict.interval[1] - verdict.interval[0] < 0.06
+        assert (verdict.status, verdict.n, verdict.theorem) == (status, 96, "3.3")
+        assert meaning in verdict.advice
+        assert verdict.bound is None and verdict.slack is None
+
+    def test_measured_is_the_median_of_all_gradient_energies(self):
+        evidence = gradients(power=0.9)
+        both = [evidence.samples("sample_grad_energy", q) for q in "ab"]
+        assert gradient_slope_verdict(evidence).measured == pytest.approx(np.median(both))
+
+    def test_constants_of_blocks_and_steps_do_not_matter(self):
+        evidence = gradients(power=0.8, sums=SUMS)
+        frame = evidence.frame.copy()
+        here = (frame.metric == "sample_grad_energy") & (frame.site == "a") & (frame.step == 50)
+        frame.loc[here, "value"] *= 1e6
+        scaled = gradient_slope_verdict(Evidence("e", frame, evidence.info))
+        assert scaled.estimate == pytest.approx(gradient_slope_verdict(evidence).estimate)
+
+    def test_slopes_over_samples_and_over_levels_are_told_apart(self):
+        verdict = gradient_slope_verdict(gradients(sums=SUMS**3, noise=0))
+        assert "; 1 over samples within a level, 3 over levels" in verdict.advice
+        assert verdict.status == "VIOLATED"
+
+    def test_levels_below_the_last_skip_are_left_out(self):
+        verdict = gradient_slope_verdict(gradients(kappa=(1.0, 0.0, 0.0), power=0.9))
+        assert verdict.status == "HOLDS"
+        assert verdict.estimate == pytest.approx(0.9, abs=0.02)
+
+    def test_without_skips(self):
+        verdict = gradient_slope_verdict(gradients(kappa=(0.0,) * 3))
+        assert verdict.status == "ASSUMPTION_UNMET"
+        assert "Σκ² = 0 without skips" in verdict.advice
+
+
+class TestBound:
+    def test_the_derived_law_is_bounded_tightly(self):
+        verdict = gradient_bound_verdict(gradients(noise=0.01))
+        assert verdict.status == "HOLDS"
+        assert verdict.slack == pytest.approx(1, abs=0.05)
+        assert verdict.n == 48
+
+    def test_constants_are_those_of_the_derived_law(self):
+        constants = Gradients.of(gradients(c=3.0, noise=0)).constants()
+        assert set(constants) == {"a", "b"}
+        np.testing.assert_allclose(constants["a"], [3, 3, 3])
+        np.testing.assert_allclose(constants["b"], [30, 30, 30])
+
+    def test_constants_are_the_least_that_cover_the_easy_half(self):
+        evidence = gradients(noise=0.5)
+        loss, x = evidence.samples("sample_loss", "loss"), evidence.samples("sample_energy", "x")
+        g = evidence.samples("sample_grad_energy", "a")
+        for t, c in enumerate(Gradients.of(evidence).constants()["a"]):
+            size = (loss * x)[t, 0]
+            easy = size <= np.median(size)
+            ratio = g[t][:, easy] / ((SUMS + 1)[:, None] * size[easy])
+            assert c == pytest.approx(ratio.max())
+
+    def test_bounds_by_hand(self):
+        evidence = gradients(noise=0)
+        loss, x = evidence.samples("sample_loss", "loss"), evidence.samples("sample_energy", "x")
+        bounds = bounds_of(evidence)
+        np.testing.assert_allclose(bounds["a"], 3 * loss * x * (SUMS + 1)[:, None])
+        np.testing.assert_allclose(bounds["b"], 10 * bounds["a"])
+
+    def test_gradients_that_grow_slower(self):
+        verdict = gradient_bound_verdict(gradients(power=0.9))
+        assert (verdict.status, verdict.estimate) == ("HOLDS", 1.0)
+        assert verdict.interval == (pytest.approx(0.025 ** (1 / 48)), 1.0)
+        assert verdict.slack > 1
+
+    def test_gradients_that_grow_as_the_square(self):
+        verdict = gradient_bound_verdict(gradients(power=2))
+        assert verdict.status == "VIOLATED"
+        assert "do not cover the hard ones" in verdict.advice
+
+    def test_measured_and_bound_are_those_of_one_hard_sample(self):
+        evidence = gradients(noise=0.5)
+        verdict = gradient_bound_verdict(evidence)
+        loss, x = evidence.samples("sample_loss", "loss"), evidence.samples("sample_energy", "x")
+        (q,) = (q for q in "ab" if verdict.measured in evidence.samples("sample_grad_energy", q))
+        t, i, s = np.argwhere(evidence.samples("sample_grad_energy", q) == verdict.measured)[0]
+        size = (loss * x)[t, 0]
+        assert size[s] >= np.median(size)
+        assert verdict.bound == pytest.approx(bounds_of(evidence)[q][t, i, s])
+
+    def test_without_skips_the_constant_is_left(self):
+        assert gradient_bound_verdict(gradients(kappa=(0.0,) * 3, power=0.9)).status == "HOLDS"
+
+    def test_enough_samples_to_try_and_too_few_to_tell(self):
+        verdict = gradient_bound_verdict(gradients(40, power=0.9))
+        assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 20)
+        assert "enlarge the probe batch" in verdict.advice
+
+
+@BOTH
+@pytest.mark.parametrize("samples", [1, 39])
+def test_too_few_samples(verdict_of, samples):
+    verdict = verdict_of(gradients(samples, power=0.9))
+    assert (verdict.status, verdict.n) == ("INCONCLUSIVE", samples)
+    assert f"gradients of {samples} samples were recorded; 40 are needed" in verdict.advice
+
+
+@BOTH
+def test_nothing_recorded(verdict_of):
+    verdict = verdict_of(trace())
+    assert (verdict.status, verdict.n, verdict.measured) == ("INCONCLUSIVE", 0, None)
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("site", ["a", "b"])
+def test_broken_gradients(verdict_of, site, value):
+    verdict = verdict_of(altered(gradients(), "sample_grad_energy", site, value, stat="s3"))
+    assert (verdict.status, verdict.n) == ("ASSUMPTION_UNMET", 96)
+    assert "broken down" in verdict.advice
+
+
+@BOTH
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_broken_losses(verdict_of, value):
+    verdict = verdict_of(altered(gradients(), "sample_loss", "loss", value, stat="s3"))
+    assert verdict.status == "ASSUMPTION_UNMET"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("metric", "site", "value"),
+    [
+        ("sample_loss", "loss", float("inf")),
+        ("sample_energy", "x", 0.0),
+        ("sample_energy", "x", float("nan")),
+        ("sample_energy", "x", float("inf")),
+    ],
+)
+def test_broken_scales(verdict_of, metric, site, value):
+    verdict = verdict_of(altered(gradients(power=0.9), metric, site, value, stat="s3"))
+    assert verdict.status == "ASSUMPTION_UNMET"
+
+
+@BOTH
+@pytest.mark.parametrize("frozen", ["a", "b", "a_2"])
+def test_frozen_blocks_have_no_gradients(verdict_of, frozen):
+    evidence = gradients(power=0.9)
+    if frozen == "a_2":
+        here = evidence.frame.eval("metric == 'sample_grad_energy' and site == 'a' and level == 2")
+        evidence = Evidence("e", evidence.frame[~here], evidence.info)
+    else:
+        evidence = without(evidence, f"sample_grad_energy/{frozen}")
+    assert verdict_of(evidence).status in ("HOLDS", "INCONCLUSIVE")
+
+
+@BOTH
+def test_records_without_a_run(verdict_of):
+    evidence = gradients(power=0.9)
+    stated, measured = verdict_of(evidence), verdict_of(bare(evidence))
+    assert (measured.status, measured.run) == ("HOLDS", "records")
+    assert measured.estimate == pytest.approx(stated.estimate)
+
+
+@BOTH
+def test_measured_gains_are_said_to_be_such(verdict_of):
+    note = "κ is the mean measured gain"
+    assert note in verdict_of(relabelled(gradients(power=0.9), kappa=None)).advice
+    assert note not in verdict_of(gradients(power=0.9)).advice

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+
+from stability_probe.verify import Evidence
+from stability_probe.verify.robustness import robustness_chain, robustness_verdict
+from tests.oracles.evidence import altered, bare, chain, relabelled, sampled, trace, training
+
+
+def one_of(normal, value, point=(1, 5)):
+    """Points (3, 8), all `normal` but one."""
+    table = np.full((3, 8), float(normal))
+    table[point] = value
+    return table
+
+
+class TestChain:
+    def test_by_hand(self):
+        found = robustness_chain(chain())
+        for name, value in {
+            "secant": 1,
+            "exact": 4,
+            "residual": 0,
+            "blockwise": 9,
+            "paper": 16,
+        }.items():
+            np.testing.assert_array_equal(getattr(found, name), np.full((3, 8), value), name)
+        assert found.ordered.all()
+
+    def test_the_smallest_perturbation_counts(self):
+        evidence = chain()
+        larger = sampled("secant", "eps=5e-05", np.full((3, 1, 8), 2.0))  # smallest, if not as text
+        joined = training(evidence.frame, larger, kappa=(1.0, 0.5))
+        np.testing.assert_array_equal(robustness_chain(joined).secant, np.full((3, 8), 2.0))
+
+    def test_gains_of_each_sample_are_used_where_they_depend_on_the_input(self):
+        gated = relabelled(altered(chain(), "sample_kappa", "skip", 0.0, stat="s3"), kappa=None)
+        expected = np.full((3, 8), 9.0)
+        expected[:, 3] = 3 * 2  # the middle path alone
+        np.testing.assert_array_equal(robustness_chain(gated).blockwise, expected)
+
+    def test_nothing_recorded(self):
+        found = robustness_chain(trace())
+        assert found.exact.size == found.paper.size == 0
+
+
+class TestVerdict:
+    def test_holds(self):
+        verdict = robustness_verdict(chain())
+        assert (verdict.status, verdict.theorem, verdict.n) == ("HOLDS", "3.4", 8)
+        assert (verdict.measured, verdict.bound, verdict.slack) == (4.0, 16.0, 4.0)
+        assert verdict.estimate == 1.0
+        assert verdict.interval == (pytest.approx(0.025 ** (1 / 8)), 1.0)
+        assert "median slack 4 (blockwise 2.25)" in verdict.advice
+        assert "σ_max(J) is 4 times the largest random secant" in verdict.advice
+
+    def test_measured_and_bound_are_those_of_the_tightest_point(self):
+        verdict = robustness_verdict(chain(exact=one_of(4, 8)))
+        assert (verdict.measured, verdict.bound, verdict.slack) == (8.0, 16.0, 2.0)
+        assert "median slack 4" in verdict.advice
+
+    def test_without_skips_the_middle_is_left(self):
+        verdict = robustness_verdict(chain(kappa=(0.0, 0.0)))
+        assert (verdict.status, verdict.bound) == ("HOLDS", 12.0)
+
+    @pytest.mark.parametrize(
+        ("broken", "share"),
+        [
+            ({"exact": 17.0}, 0),  # above the paper's form
+            ({"exact": 10.0}, 0),  # above the blocks' own constants
+            ({"exact": one_of(4, 10)}, 23 / 24),
+            ({"secant": 4.1}, 0),  # above σ_max(J)
+            ({"secant": one_of(1, 4.1)}, 23 / 24),
+            ({"l0": 0.0, "kappa": (0.1, 0.1)}, 0),
+            ({"exact": 10.0, "residual": 5.0}, 0),
+        ],
+    )
+    def test_one_point_out_of_order_violates(self, broken, share):
+        verdict = robustness_verdict(chain(**broken))
+        assert verdict.status == "VIOLATED"
+        assert verdict.estimate == pytest.approx(share)
+
+    @pytest.mark.parametrize("within", [{"secant": 4.03}, {"exact": 9.08}])
+    def test_estimation_errors_are_allowed_for(self, within):
+        assert robustness_verdict(chain(**within)).status == "HOLDS"
+
+    def test_wrong_kappa_in_run_json(self):
+        evidence = chain(exact=8.5)
+        assert robustness_verdict(evidence).status == "HOLDS"
+        assert robustness_verdict(relabelled(evidence, kappa=[0.0, 0.0])).status == "VIOLATED"
+
+    @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+    def test_broken_norms(self, value):
+        verdict = robustness_verdict(chain(exact=one_of(4, value)))
+        assert (verdict.status, verdict.n) == ("ASSUMPTION_UNMET", 8)
+        assert "not finite at 1 of 24 points" in verdict.advice
+
+    @pytest.mark.parametrize("broken", [{"l0": float("nan")}, {"lip_a": (float("inf"), 1.0)}])
+    def test_broken_bounds(self, broken):
+        assert robustness_verdict(chain(**broken)).status == "ASSUMPTION_UNMET"
+
+    @pytest.mark.parametrize("broken", [{"secant": float("nan")}, {"residual": float("nan")}])
+    def test_broken_estimates(self, broken):
+        assert robustness_verdict(chain(**broken)).status in ("ASSUMPTION_UNMET", "INCONCLUSIVE")
+
+    @pytest.mark.parametrize(("residual", "status"), [(0.039, "HOLDS"), (0.041, "INCONCLUSIVE")])
+    def test_norms_that_did_not_settle(self, residual, status):
+        verdict = robustness_verdict(chain(residual=one_of(0, residual)))
+        assert verdict.status == status
+        assert ("did not settle at 1 points" in verdict.advice) == (status == "INCONCLUSIVE")
+
+    def test_nothing_recorded(self):
+        verdict = robustness_verdict(trace())
+        assert (verdict.status, verdict.n, verdict.measured) == ("INCONCLUSIVE", 0, None)
+        assert "set sensitivity_every above 0" in verdict.advice
+
+    def test_records_without_a_run(self):
+        verdict = robustness_verdict(bare(chain()))
+        assert (verdict.status, verdict.bound, verdict.run) == ("HOLDS", 16.0, "records")
+
+    def test_gates_are_said_to_be_left_out(self):
+        note = "the theorem leaves out how gates change with the input"
+        assert note in robustness_verdict(relabelled(chain(), kappa=None)).advice
+        assert note not in robustness_verdict(chain()).advice
+
+
+def test_units_are_samples():
+    assert robustness_verdict(chain()).n == 8
+
+
+def test_points_of_one_step():
+    evidence = chain()
+    first = Evidence("e", evidence.frame.query("step == 1"), evidence.info)
+    assert robustness_verdict(first).n == 8
