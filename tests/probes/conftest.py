@@ -1,0 +1,78 @@
+"""The small networks that the probe tests share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stability_probe import SkipConnection, TheoryUNet, find_skips
+from tests.oracles.zoo import unet2d, uvit
+
+SCHEMES = ("unscaled", "inverse-sqrt2", "uniform:0", "cs:0.7", "ls", "ls-non-shared")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with inputs that fit it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def net(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        net = self.build()
+        return net.double() if dtype == torch.float64 else net
+
+    def data(
+        self, n: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t, t spread over the noise levels, and a target."""
+        generator = torch.Generator().manual_seed(seed)
+        x, target = (
+            torch.randn(n, *self.shape, generator=generator, dtype=torch.float64) for _ in range(2)
+        )
+        t = torch.randint(1000, (n,), generator=generator)
+        return x.to(dtype), t, target.to(dtype)
+
+    def skips(self, net: nn.Module) -> list[SkipConnection]:
+        return find_skips(net, *self.data(1, dtype=next(net.parameters()).dtype)[:2])
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("add", lambda: TheoryUNet(16, 3), (16,)),
+        Case("concat", lambda: TheoryUNet(16, 3, merge="concat"), (16,)),
+        Case("uvit", uvit, (1, 8, 8)),
+        Case("unet2d", lambda: unet2d(dropout=0.2), (1, 8, 8)),
+    )
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny tensors are faster on one thread, and bitwise comparisons need one number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Each network in turn."""
+    return CASES[request.param]
+
+
+@pytest.fixture
+def cases() -> dict[str, Case]:
+    """All networks by name."""
+    return CASES
+
+
+@pytest.fixture(params=SCHEMES)
+def scheme(request: pytest.FixtureRequest) -> str:
+    """Each scaling scheme in turn."""
+    return request.param

@@ -1,0 +1,193 @@
+"""Which tensors are looked at, when, and how they are reduced.
+
+Their energies are held against the oracle in `test_probe.py`.
+"""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import nn
+
+from stability_probe import TheoryUNet, Uniform, find_skips, scale_skips
+from stability_probe.probes import Key
+from stability_probe.probes.features import FeatureProbe, sample_energy
+from tests.oracles.recording import energy, run_pass
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2, 4), (2, 3, 4, 4), (1, 1)])
+def test_energy_is_the_sum_of_squares_of_each_sample(shape):
+    v = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(sample_energy(v), v.pow(2).flatten(1).sum(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_energy_is_accumulated_in_float32_at_least(dtype, kept):
+    found = sample_energy(torch.full((2, 400), 32.0, dtype=dtype))
+    assert found.dtype == kept
+    assert found.tolist() == [409600.0, 409600.0]  # more than a float16 holds
+
+
+def test_energy_has_no_graph_and_leaves_its_argument():
+    v = torch.ones(2, 3, requires_grad=True)
+    assert not sample_energy(v).requires_grad
+    assert v.tolist() == [[1.0] * 3] * 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_energy_of_a_bad_sample_is_bad_and_of_the_others_is_not(bad):
+    v = torch.ones(3, 4)
+    v[1, 2] = bad
+    found = sample_energy(v)
+    assert found[[0, 2]].tolist() == [4.0, 4.0]
+    assert not found[1].isfinite()
+
+
+def watch(net, *args, active=True, backward=True, skips=None, **kwargs):
+    """The features of one forward and backward pass."""
+    probe = FeatureProbe(find_skips(net, *args, **kwargs) if skips is None else skips)
+    with ExitStack() as stack:
+        probe.attach(net, stack)
+        probe.active = active
+        out = net(*args, **kwargs)
+        if backward:
+            out.square().mean().backward()
+    return probe
+
+
+NET = TheoryUNet(8, 2)
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+SITES = {("x", 0), ("output", 0), ("h", 0), ("h", 1), ("h", 2)} | {
+    (site, i) for site in ("u", "ku", "z", "merged") for i in (1, 2)
+}
+
+
+def test_every_tensor_of_eq_4_is_seen_once_a_pass():
+    probe = watch(NET, X)
+    assert set(probe.energy) == SITES
+    assert all(len(parts) == 1 for parts in probe.energy.values())
+    assert set(probe.gradient) == {("u", 1), ("u", 2), ("h", 0), ("h", 1), ("h", 2)}
+
+
+def test_a_model_called_twice_is_recorded_twice():
+    probe = FeatureProbe(find_skips(NET, X))
+    with ExitStack() as stack:
+        probe.attach(NET, stack)
+        probe.active = True
+        (NET(X).sum() + NET(2 * X[:1]).sum()).backward()
+    found = probe.samples(1.0)
+    assert {len(v) for v in found.values()} == {5}
+    assert probe.energy["x", 0][1] == pytest.approx(4 * probe.energy["x", 0][0][:1], rel=1e-6)
+    probe.clear()
+    assert probe.samples(1.0) == {}
+
+
+def test_nothing_is_seen_while_inactive_or_without_gradients():
+    assert not watch(NET, X, active=False).energy
+    with torch.no_grad():
+        assert not watch(NET, X, backward=False).energy
+
+
+def test_nothing_is_seen_after_the_stack_is_closed():
+    probe = watch(NET, X)
+    NET(X)
+    assert all(len(parts) == 1 for parts in probe.energy.values())
+
+
+def test_gradients_alone_are_missing_before_the_backward_pass():
+    probe = watch(NET, X, backward=False)
+    assert set(probe.energy) == SITES
+    assert not probe.gradient
+
+
+def test_u_is_seen_before_the_scaling_and_ku_after_it():
+    skips = find_skips(NET, X)
+    with scale_skips(NET, skips, Uniform(0.25)):
+        found = watch(NET, X, skips=skips).samples(1.0)
+    for i in (1, 2):
+        assert found[Key("kappa", "skip", i, "")].tolist() == [0.25] * 4
+        u, ku = (found[Key("energy", site, i, "")] for site in ("u", "ku"))
+        torch.testing.assert_close(ku, u / 16)
+        exact = energy(run_pass(NET, X, torch.zeros(4)).u[i])
+        torch.testing.assert_close(u.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_gradients_are_unscaled_by_the_loss_scale():
+    probe = watch(NET, X)
+    one, eighth = probe.samples(1.0), probe.samples(8.0)
+    for key, value in one.items():
+        factor = 64 if key.metric == "feature_grad_energy" else 1
+        assert torch.equal(value, factor * eighth[key])
+
+
+def test_the_gradient_of_a_feature_is_of_all_its_uses():
+    """u_1 feeds both the skip and a_2: the gradient is their sum, as a finite difference says."""
+    net, x = TheoryUNet(6, 2, merge="concat").double(), torch.ones(1, 6, dtype=torch.float64)
+    found = watch(net, x).samples(1.0)[Key("feature_grad_energy", "u", 1, "")]
+
+    def loss(push):
+        hook = net.encoder[0].register_forward_hook(lambda m, a, out: out + push)
+        with torch.no_grad():
+            value = net(x).square().mean()
+        hook.remove()
+        return value
+
+    steps = 1e-6 * torch.eye(6, dtype=torch.float64)
+    slopes = torch.stack([(loss(s) - loss(-s)) / 2e-6 for s in steps])
+    assert found.item() == pytest.approx(slopes.square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("t", "expected"),
+    [
+        (None, None),
+        (torch.tensor([1, 2, 3, 4]), [1.0, 2.0, 3.0, 4.0]),
+        (torch.tensor([[1.5], [2], [3], [4]]), [1.5, 2.0, 3.0, 4.0]),
+        (torch.tensor(7), [7.0] * 4),
+        (torch.tensor([7]), [7.0] * 4),
+        (torch.ones(4, 3), None),
+        (torch.ones(3), None),
+    ],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_noise_level_is_the_second_tensor_if_it_is_a_number_a_sample(t, expected, by_name):
+    probe = watch(NET, X, t=t) if by_name else watch(NET, X, t)
+    found = [level.tolist() for level in probe.noise_level]
+    assert found == ([] if expected is None else [expected])
+
+
+def test_a_module_without_skips_has_an_input_and_an_output():
+    net = nn.Linear(3, 2)
+    probe = watch(net, torch.ones(2, 3), skips=[])
+    assert set(probe.energy) == {("x", 0), ("output", 0)}
+    assert probe.energy["x", 0][0].tolist() == [3.0, 3.0]
+
+
+def test_each_backward_pass_gives_a_gradient_of_its_own():
+    probe = FeatureProbe(find_skips(NET, X))
+    with ExitStack() as stack:
+        probe.attach(NET, stack)
+        probe.active = True
+        out = NET(X)
+        out.sum().backward(retain_graph=True)
+        (3 * out.sum()).backward()
+    first, second = probe.gradient["h", 1]
+    torch.testing.assert_close(second, 9 * first)
+    assert len(probe.energy["h", 1]) == 1
+
+
+def test_frozen_inputs_are_seen_without_gradients():
+    """Features that nothing flows back to have an energy and no gradient energy."""
+    net = TheoryUNet(8, 2)
+    net.encoder.requires_grad_(False)
+    probe = watch(net, X)
+    assert set(probe.energy) == SITES
+    assert set(probe.gradient) == {("h", 0), ("h", 1), ("h", 2)}
