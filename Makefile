@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 OUT ?= demo-out
+# The demo's and the tests' tensors are small: a second thread brings little, and on a busy machine
+# waiting threads slow everything down many times over.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all lint bench clean
 

@@ -20,10 +20,11 @@
 | `sample_kappa` | `skip` | i | `s0` ... | measured gain ‖κu‖/‖u‖ on the probe batch |
 | `sample_grad_energy` | `a` `b` | i | `s0` ... | largest ‖∇W_p ℓ_s‖² over the block's weights |
 
-`level` is 0 where a quantity belongs to the whole network. Means, minima and maxima are over the
-samples of a step; `s0`, `s1`, ... are the single samples of the probe batch. Stats `t0`, `t1`, ...
-are means over the samples whose noise level falls into that bin of equal width, the least noisy
-first.
+h_0 is the output of the last decoder block, as h_i is of the others; `output` is what the network
+returns, after the layers that read h_0 out. `level` is 0 where a quantity belongs to the whole
+network. Means, minima and maxima are over the samples of a step; `s0`, `s1`, ... are the single
+samples of the probe batch. Stats `t0`, `t1`, ... are means over the samples whose noise level falls
+into that bin of equal width, the least noisy first.
 """
 
 from collections.abc import Mapping, Sequence

@@ -64,6 +64,8 @@ def scale_skips(
     >>> torch.equal(bare, net(x))
     False
     """
+    if not name.isidentifier():
+        raise StabilityProbeError(f"scale_skips: name must be an identifier, got {name!r}")
     if not skips:
         raise StabilityProbeError(
             f"scale_skips: {type(model).__name__} has no long skips to scale (N = 0)"

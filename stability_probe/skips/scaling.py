@@ -159,18 +159,32 @@ class LearnableScaling(Scaling):
             raise StabilityProbeError(f"ls scaling: reduction must be at least 1, got {reduction}")
         self.shared, self.reduction, self.per_token = shared, reduction, per_token
         self.name = "ls" if shared else "ls-non-shared"
-        self._generator_state = (generator or torch.Generator().manual_seed(0)).get_state()
+        # A seed rather than the generator, which can be neither copied nor pickled.
+        self._seed = int(torch.randint(2**31, (), generator=generator)) if generator else 0
         self._network_of: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}
 
     def coefficients(self, n_skips: int) -> list[float] | None:
         """`None`: the gates depend on the input."""
         return None
 
     def prepare(self, skips: Sequence[SkipConnection]) -> None:
-        """Make the calibration networks; those that exist already are kept."""
-        generator = torch.Generator()
-        generator.set_state(self._generator_state)
+        """Make the calibration networks; those that exist already are kept.
+
+        Raises:
+            StabilityProbeError: if the scheme was made for skips of other sizes.
+        """
+        if self.per_token and any(len(s.shape) < 2 for s in skips):
+            raise StabilityProbeError(
+                "ls scaling: per_token needs features (L, D), these have no L"
+            )
+        generator = torch.Generator().manual_seed(self._seed)
         sizes = {s.level: s.shape[0] for s in skips}  # L of (L, D), or C of (C, ...)
+        if self._sizes not in ({}, sizes):
+            raise StabilityProbeError(
+                "ls scaling: this scheme has gates for other skips; make one for each model"
+            )
+        self._sizes = sizes
         one_size = len(set(sizes.values())) == 1
         for level, size in sizes.items():
             shared = "" if one_size else f"size{size}"  # "": the layers are the scheme's own
@@ -218,8 +232,8 @@ def parse_scaling(text: str) -> Scaling:
     >>> parse_scaling("cs:0.7").coefficients(2)
     [1.0, 0.7]
     """
-    name, _, argument = text.partition(":")
-    if name in _PLAIN and not argument:
+    name, colon, argument = text.partition(":")
+    if name in _PLAIN and not colon:
         return _PLAIN[name]()
     if name in _WITH_NUMBER:
         try:

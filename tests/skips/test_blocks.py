@@ -77,8 +77,10 @@ def test_every_parameter_by_hand(build, args, expected):
 
 def test_arguments_may_be_given_by_name():
     model = CASES["uvit"].build()
-    blocks = parameter_blocks(model, find_skips(model, X, T), x=X, timesteps=T)
-    assert blocks == spread(model, UVIT)
+    skips = find_skips(model, X, T)
+    for call in ({"x": X, "timesteps": T}, {"timesteps": T, "x": X}):
+        assert parameter_blocks(model, skips, **call) == spread(model, UVIT)
+    assert parameter_blocks(model, skips, timesteps=T.float(), x=X) == spread(model, UVIT)
 
 
 def test_frozen_parameters_have_blocks_too():

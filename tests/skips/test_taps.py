@@ -1,12 +1,14 @@
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from stability_probe import StabilityProbeError
 from stability_probe.skips import ArgumentTap, OutputTap, SliceTap, Tap
-from stability_probe.skips.taps import first_tensor
+from stability_probe.skips.taps import bound_arguments, first_tensor
 from tests.oracles.zoo import hook_count
 
 ONE, TWO = torch.ones(2, 3), torch.full((2, 3), 2.0)
@@ -132,8 +134,18 @@ class Output:
     sample: torch.Tensor
 
 
+@dataclass(frozen=True)
+class FrozenOutput:
+    sample: torch.Tensor
+
+
+class Named(NamedTuple):
+    count: int
+    sample: torch.Tensor
+
+
 class Items(dict):
-    """What `diffusers` returns is a dict like this one."""
+    pass
 
 
 WRAPPED = {
@@ -143,10 +155,15 @@ WRAPPED = {
     "list": lambda x: [x],
     "dict": lambda x: {"count": 2, "sample": x},
     "dict-subclass": lambda x: Items(sample=x),
+    "diffusers": lambda x: UNet2DOutput(sample=x),
+    "named-tuple": lambda x: Named(2, x),
+    "dataclass": lambda x: Output(2, x),
+    "frozen-dataclass": lambda x: FrozenOutput(x),
 }
+wrapped = pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 
 
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@wrapped
 def test_first_tensor_of_an_output_is_seen(wrap):
     model = Returns(wrap)
     seen = Recorder()
@@ -156,25 +173,39 @@ def test_first_tensor_of_an_output_is_seen(wrap):
     assert type(out) is type(wrap(ONE))
 
 
-def test_first_tensor_of_a_dataclass_is_seen():
-    assert first_tensor(Output(2, ONE)) is ONE
-
-
-def test_output_tensor_is_replaced():
-    model = nn.Sequential(nn.Identity(), nn.Identity())
-    OutputTap("0").attach(model, times(3))
-    assert torch.equal(model(ONE), 3 * ONE)
-
-
-def test_tensor_inside_an_output_is_replaced():
-    model = Returns(WRAPPED["tuple"])
+@wrapped
+def test_tensor_inside_an_output_is_replaced(wrap):
+    kept = wrap(ONE)
+    model = Returns(lambda _: kept)
     OutputTap("").attach(model, times(3))
-    first, second = model(ONE)
-    assert torch.equal(first, 3 * ONE)
-    assert torch.equal(second, TWO)
+    out = model(ONE)
+    assert type(out) is type(kept)
+    assert torch.equal(first_tensor(out), 3 * ONE)
+    assert first_tensor(kept) is ONE  # what the module returned is not written to
 
 
-@pytest.mark.parametrize("output", [(), (1, None), {"a": 1}, []], ids=repr)
+def test_the_rest_of_an_output_stays():
+    for name in ("tuple", "dict", "named-tuple", "dataclass", "tuple-later"):
+        model = Returns(WRAPPED[name])
+        OutputTap("").attach(model, times(3))
+        out = model(ONE)
+        if name == "tuple":
+            assert torch.equal(out[1], TWO)
+        elif name == "tuple-later":
+            assert out[:2] == (None, 3)
+        else:
+            assert (out["count"] if name == "dict" else out.count) == 2
+
+
+def test_sample_of_a_diffusers_output_is_replaced_in_both_of_its_places():
+    model = Returns(WRAPPED["diffusers"])
+    OutputTap("").attach(model, times(3))
+    out = model(ONE)
+    assert torch.equal(out.sample, 3 * ONE)
+    assert torch.equal(out["sample"], 3 * ONE)
+
+
+@pytest.mark.parametrize("output", [(), (1, None), {"a": 1}, [], 3, None], ids=repr)
 def test_an_output_without_a_tensor(output):
     kind = type(output).__name__
     with pytest.raises(StabilityProbeError, match=f"no tensor found in an output of type {kind}"):
@@ -253,3 +284,24 @@ def test_an_argument_that_is_not_there():
     ):
         ArgumentTap("add", "skip").attach(model, Recorder())
     assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((ONE, TWO), {}), ((ONE,), {"b": TWO}), ((), {"b": TWO, "a": ONE})],
+    ids=["by-position", "mixed", "by-name-backwards"],
+)
+def test_bound_arguments_are_in_the_order_of_the_signature(args, kwargs):
+    bound, by_name = bound_arguments(Add(), args, kwargs)
+    assert bound[0] is ONE
+    assert bound[1] is TWO
+    assert (len(bound), by_name) == (2, {})
+
+
+def test_bound_arguments_keep_keyword_only_ones_by_name():
+    assert bound_arguments(Add(), (1, 2), {"c": 3}) == ((1, 2), {"c": 3})
+
+
+def test_bound_arguments_refuse_what_the_call_would_refuse():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'd'"):
+        bound_arguments(Add(), (1, 2), {"d": 3})

@@ -53,6 +53,16 @@ def test_blockwise_over_points():
     np.testing.assert_array_equal(bound, [2 + 3 + 6, 1 + 0.5 + 10])
 
 
+def test_coefficients_may_differ_between_points():
+    kappa = np.array([[1.0, 0.5], [0.5, 0.0]])  # two skips at two points
+    lip_a = np.array([[2.0, 1.0], [3.0, 1.0]])
+    l0 = np.array([1.0, 10.0])
+    blockwise = blockwise_bound(kappa, lip_a, np.ones((2, 2)), l0)
+    np.testing.assert_array_equal(blockwise, [2 + 0.5 * 6 + 6, 0.5 + 10])
+    paper = robustness_bound(kappa, max_block_gain(lip_a, np.ones((2, 2))), l0)
+    np.testing.assert_array_equal(paper, [3 + 0.5 * 9 + 9, 0.5 + 10])
+
+
 def test_max_block_gain_is_of_products_at_each_point():
     lip_a, lip_b = np.array([[4.0, 1.0], [1.0, 2.0]]), np.array([[0.5, 1.0], [3.0, 3.0]])
     np.testing.assert_array_equal(max_block_gain(lip_a, lip_b), [3.0, 6.0])

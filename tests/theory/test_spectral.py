@@ -114,7 +114,7 @@ def test_never_more_products_than_columns():
     assert norm.products == 3
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e-22])
+@pytest.mark.parametrize("scale", [1e-12, 1e-16, 1e-18, 1e-22, 1e-30, 1e25])
 def test_a_tiny_map_in_single_precision(scale):
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(2, 30, 30, generator=generator)
@@ -208,3 +208,17 @@ def test_only_the_generator_that_is_passed_is_drawn_from():
 
 def test_one_number_a_sample():
     check(lambda x: x.square().sum(1), torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_function_that_is_not_finite_has_no_norm(bad):
+    """The derivative of a ReLU is finite even where its input is not."""
+    x = torch.ones(3, 4, dtype=torch.float64)
+    x[1, 2] = bad
+    for fn in (torch.relu, lambda v: v + 0):
+        value = jacobian_norm_of(fn, x).value
+        assert value.isnan().tolist() == [False, True, False]
+        torch.testing.assert_close(value[[0, 2]], torch.ones(2, dtype=torch.float64))
+    inner = torch.ones(3, 4, dtype=torch.float64)
+    value = jacobian_norm_of(lambda v: v + x, inner).value  # the output alone is not finite
+    assert value.isnan().tolist() == [False, True, False]
