@@ -13,6 +13,9 @@ import typer
 
 from stability_probe.errors import StabilityProbeError, TrainingDiverged
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 # Newer versions of typer carry a copy of click and older ones import it: take the one in use.
 UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -103,6 +106,8 @@ def verify(
     rows = [v.as_dict() for v in verdicts]
     file = out or (runs[0] / "verdicts.json" if len(runs) == 1 else None)
     if file is not None:
+        if file.name == "run.json":
+            raise StabilityProbeError(f"{file}: verdicts would replace a run's own file")
         write_json(file, rows)
     if as_json:
         print(json.dumps(finite(rows), indent=2, ensure_ascii=False))
@@ -139,6 +144,8 @@ def main() -> None:
     """Run the command line; every error that a user can cause becomes one line and exit code 2."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer has caught the interrupt itself
+            raise KeyboardInterrupt
     except UsageProblem as problem:
         error(f"{problem.format_message()} See `stability-probe --help`.")
         code = 2
@@ -150,5 +157,5 @@ def main() -> None:
         code = 1
     except (typer.Abort, KeyboardInterrupt):
         error("interrupted; what was recorded is kept")
-        code = 130
+        code = INTERRUPTED
     sys.exit(code)

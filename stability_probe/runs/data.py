@@ -78,7 +78,7 @@ def load_images(name: str) -> Images:
     """A data set by name.
 
     Raises:
-        StabilityProbeError: if there is no such data set.
+        StabilityProbeError: if there is no such data set, or nothing in it.
 
     >>> images = load_images("digits")
     >>> images.shape, float(images.min()), float(images.max())
@@ -86,7 +86,10 @@ def load_images(name: str) -> Images:
     """
     if name not in DATASETS:
         raise StabilityProbeError(f"unknown data {name!r}; choose from {', '.join(DATASETS)}")
-    return DATASETS[name]()
+    images = DATASETS[name]()
+    if len(images) == 0:
+        raise StabilityProbeError(f"data {name!r} is empty: at least one image is needed, got 0")
+    return images
 
 
 def _scale(unit: np.ndarray) -> Images:

@@ -8,6 +8,7 @@ A part appears under its final name when it is complete and not before, so a run
 at any moment is read up to its last part.
 """
 
+import errno
 import json
 import math
 import os
@@ -97,11 +98,11 @@ class Run:
         Raises:
             StabilityProbeError: if the folder holds a run already, or cannot be written.
         """
-        if (self.path / "run.json").exists() or self._parts():
-            raise StabilityProbeError(
-                f"{self.path}: holds a run already, which would be lost; choose another folder"
-            )
         try:
+            if (self.path / "run.json").exists() or self._parts():
+                raise StabilityProbeError(
+                    f"{self.path}: holds a run already, which would be lost; choose another folder"
+                )
             (self.path / "records").mkdir(parents=True, exist_ok=True)
             (self.path / "figures").mkdir(exist_ok=True)
         except OSError as error:
@@ -175,9 +176,11 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         StabilityProbeError: if the file cannot be written.
     """
+    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         partial.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
         _replace(partial, path)
     except OSError as error:

@@ -11,6 +11,7 @@ import pandas as pd
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes import COLUMNS
 from stability_probe.runs import Run
+from stability_probe.theory import input_energy
 
 SAME_GAIN = 1e-4
 """Measured gains that differ by less, relatively, are those of one constant."""
@@ -63,7 +64,8 @@ class Evidence:
         """κ_1..κ_N: the constants if the scheme has them, else the mean measured gains.
 
         Raises:
-            StabilityProbeError: if `run.json` states another number of them than there are skips.
+            StabilityProbeError: if `run.json` states another number of them than there are skips,
+                or no numbers.
         """
         stated = self.info.get("kappa")
         if stated:
@@ -72,7 +74,12 @@ class Evidence:
                     f"{self.name}: run.json has kappa for {len(stated)} skips and the records are "
                     f"of {self.n_skips}; correct `kappa` in run.json"
                 )
-            return [float(k) for k in stated]
+            try:
+                return [float(k) for k in stated]
+            except ValueError as error:
+                raise StabilityProbeError(
+                    f"{self.name}: `kappa` in run.json is no list of numbers ({error})"
+                ) from error
         measured = self.series("kappa", "skip")
         return [float(measured[level].mean()) for level in range(1, self.n_skips + 1)]
 
@@ -92,6 +99,20 @@ class Evidence:
         rows = self._select(metric, site)
         rows = rows[rows.stat == stat]
         return rows.pivot(index="step", columns="level", values="value")
+
+    @cached_property
+    def predicted_input_energy(self) -> float | None:
+        """E‖x_t‖² by Lemma 3.2, or `None` if `run.json` does not describe the input.
+
+        Raises:
+            StabilityProbeError: if the description is not what `theory.input_energy` takes.
+        """
+        if not self.info.get("input"):
+            return None
+        try:
+            return input_energy(**self.info["input"])
+        except (TypeError, ValueError) as error:
+            raise StabilityProbeError(f"{self.name}: `input` in run.json: {error}") from error
 
     @cached_property
     def input_energies(self) -> pd.Series:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stability_probe.theory import input_energy
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import FEWEST_UNITS, bootstrap_interval, equality_status
 from stability_probe.verify.verdict import Verdict
@@ -20,7 +19,7 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
     are trained on the same x_t, so one run a seed is used.
     """
     claim = "mean ‖x_t‖² = (1 − (1 − s₀²) E[α²]) m"
-    described = [run for run in runs if run.info.get("input")]
+    described = [run for run in runs if run.predicted_input_energy is not None]
     if not described:
         advice = (
             "the records do not say what data and noise schedule they come from; "
@@ -35,7 +34,7 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
     if not np.isfinite(energies).all():
         advice = "some ‖x_t‖² is infinite or NaN"
         return Verdict.undecided("3.2", _names(runs), claim, advice, n=len(energies), unmet=True)
-    predicted = input_energy(**described[0].info["input"])
+    predicted = described[0].predicted_input_energy or 0.0
     ratio = energies / predicted
     interval = bootstrap_interval(lambda steps: float(ratio[steps].mean()), len(ratio))
     status = equality_status(interval, 1.0, WIDEST)
