@@ -1,6 +1,6 @@
 """Figures: from a frame to a matplotlib figure; nothing is written.
 
-Bound and measurement are always on the same axes. Schemes keep their colour in every figure.
+Bound and measurement are always on the same axes. Within a figure a colour stands for one thing.
 """
 
 from typing import Any
@@ -41,9 +41,8 @@ def plot_feature_traces(table: pd.DataFrame) -> Figure:
             ax: Axes = axes[r, c]
             mine = table[(table.level == level) & (table.scheme == scheme)]
             band = mine.dropna(subset=["lower"])
-            floor = mine.energy.min() / 10
             ax.fill_between(
-                band.step, band.lower.clip(lower=floor), band.upper,
+                band.step, band.lower, band.upper,
                 color=BOUND, alpha=0.2, lw=0, label="band of Theorem 3.1, fitted",
             )  # fmt: skip
             ax.plot(band.step, band.upper, color=BOUND, lw=1)
@@ -156,8 +155,10 @@ def plot_sensitivity(table: pd.DataFrame) -> Figure:
             ax.fill_between(spread.index, spread["min"], spread["max"], color=colour, alpha=0.15,
                             lw=0)  # fmt: skip
             ax.plot(spread.index, spread["median"], "o-", color=colour, ms=4, label=quantity)
-        final = mine[mine.step == mine.step.max()].groupby("quantity").value.median()
-        slack = final[quantities[0]] / final[quantities[2]]
+        final = mine[mine.step == mine.step.max()].pivot(
+            index="sample", columns="quantity", values="value"
+        )
+        slack = (final[quantities[0]] / final[quantities[2]]).median()
         label = f"slack at the end: {float(f'{slack:.2g}'):,g}×"
         ax.text(0.98, 0.98, label, transform=ax.transAxes, ha="right",
                 va="top", fontsize=8)  # fmt: skip

@@ -46,19 +46,25 @@ def feature_traces(runs: Sequence[Evidence]) -> pd.DataFrame:
     frames = []
     for run in runs:
         frame = run.series("energy", "h").reset_index().melt("step", value_name="energy")
-        frame = frame.assign(scheme=scheme_label(run), lower=np.nan, upper=np.nan)
-        x = float(run.input_energies.mean())
-        bands = fit_bands(run)
-        for step, band in zip(run.sampled_steps if bands else [], bands, strict=True):
-            for level in frame.level.unique():
-                low, high = feature_band(
-                    run.kappa, int(level), x, rho=band.rho, c1=band.c1, c2=band.c2, c3=band.c2,
-                    index="tight",
-                )  # fmt: skip
-                here = (frame.step == step) & (frame.level == level)
-                frame.loc[here, ["lower", "upper"]] = [float(low), float(high)]
-        frames.append(frame)
+        edges = _band_edges(run, [int(level) for level in frame.level.unique()])
+        frame = frame.merge(edges, on=["step", "level"], how="outer")
+        frames.append(frame.assign(scheme=scheme_label(run)))
     return pd.concat(frames, ignore_index=True)
+
+
+def _band_edges(run: Evidence, levels: Sequence[int]) -> pd.DataFrame:
+    """The fitted band at the mean ‖x_t‖², at every measured step: step, level, lower, upper."""
+    x = float(run.input_energies.mean())
+    bands = fit_bands(run)
+    rows = [
+        (int(step), level, *map(float, feature_band(
+            run.kappa, level, x, rho=band.rho, c1=band.c1, c2=band.c2, c3=band.c2, index="tight"
+        )))
+        for step, band in zip(run.sampled_steps if bands else [], bands, strict=True)
+        for level in levels
+    ]  # fmt: skip
+    edges = pd.DataFrame(rows, columns=["step", "level", "lower", "upper"])
+    return edges.astype({"step": int, "level": int, "lower": float, "upper": float})
 
 
 def gradient_energies(runs: Sequence[Evidence]) -> pd.DataFrame:

@@ -49,6 +49,10 @@ class ProbeBatch:
             raise StabilityProbeError(
                 "ProbeBatch: the first positional argument must be x_t with at least one sample"
             )
+        if self.sensitive < 1:
+            raise StabilityProbeError(
+                f"ProbeBatch: sensitive must be at least 1, got {self.sensitive}"
+            )
 
     @property
     def x(self) -> Tensor:

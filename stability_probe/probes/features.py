@@ -6,6 +6,8 @@ Hooks reduce every tensor they see to one number a sample, on its device, and ke
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,7 +39,8 @@ class FeatureProbe:
     Attributes:
         active: whether passing tensors of training passes are looked at.
         energy: ‖·‖² per sample for every pass since `clear`, by site.
-        gradient: ‖∂L/∂·‖² per sample likewise, once for every backward pass.
+        gradient: ‖∂L/∂·‖² per sample likewise, once for every backward pass, with the number of the
+            forward pass that it belongs to: backward passes come in another order.
         noise_level: t per sample likewise, where the model's second tensor is one number a sample.
         seconds: time spent in the hooks.
     """
@@ -61,8 +64,12 @@ class FeatureProbe:
     def clear(self) -> None:
         """Forget what was seen."""
         self.energy: dict[Site, list[Tensor]] = {}
-        self.gradient: dict[Site, list[Tensor]] = {}
+        self.gradient: dict[Site, list[tuple[int, Tensor]]] = {}
         self.noise_level: list[Tensor] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FeatureProbe":
+        """An inactive probe: a copy of a probed model is not probed."""
+        return FeatureProbe(self.skips)
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         """Put the hooks into `model`; closing `stack` removes them."""
@@ -98,12 +105,13 @@ class FeatureProbe:
         found = {Key("energy", site, level, ""): e for (site, level), e in energy.items()}
         for s in self.skips:
             i = s.level
-            if ("u", i) in energy:
+            if all((site, i) in energy for site in ("u", "ku", "z", "merged")):
                 gain = (energy["ku", i] / energy["u", i]).sqrt()
                 found[Key("kappa", "skip", i, "")] = gain
                 cross = energy["merged", i] - energy["z", i] - energy["ku", i]
                 found[Key("cross", "merge", i, "")] = cross
-        for (site, level), parts in self.gradient.items():
+        for (site, level), numbered in self.gradient.items():
+            parts = [part for _, part in sorted(numbered, key=lambda pair: pair[0])]
             unscaled = torch.cat(parts) * grad_scale**-2
             found[Key("feature_grad_energy", site, level, "")] = unscaled
         return found
@@ -133,15 +141,16 @@ class _Observer:
         if not self.probe.watching:
             return
         started = time.perf_counter()
-        self.probe.energy.setdefault(self.site, []).append(sample_energy(self._part(tensor)))
+        passes = self.probe.energy.setdefault(self.site, [])
         if self.grad and tensor.requires_grad:
-            tensor.register_hook(self._on_gradient)
+            tensor.register_hook(partial(self._on_gradient, len(passes)))
+        passes.append(sample_energy(self._part(tensor)))
         self.probe.seconds += time.perf_counter() - started
 
-    def _on_gradient(self, gradient: Tensor) -> None:
+    def _on_gradient(self, forward_pass: int, gradient: Tensor) -> None:
         started = time.perf_counter()
         energies = self.probe.gradient.setdefault(self.site, [])
-        energies.append(sample_energy(self._part(gradient)))
+        energies.append((forward_pass, sample_energy(self._part(gradient))))
         self.probe.seconds += time.perf_counter() - started
 
     def _part(self, tensor: Tensor) -> Tensor:

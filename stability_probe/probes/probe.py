@@ -100,6 +100,11 @@ class StabilityProbe:
                 f"StabilityProbe: every must be at least 1 and sensitivity_every at least 0, "
                 f"got {every} and {sensitivity_every}"
             )
+        if [s.level for s in skips] != list(range(1, len(skips) + 1)):
+            raise StabilityProbeError(
+                f"StabilityProbe: skips must have the levels 1..N in order, "
+                f"got {[s.level for s in skips]}; pass all that find_skips returned"
+            )
         self.model, self.skips, self.run = model, list(skips), run
         self.every, self.sensitivity_every = every, sensitivity_every
         self.config = config or ProbeConfig()
@@ -115,6 +120,7 @@ class StabilityProbe:
         self._started = time.perf_counter()
         self._edges: Tensor | None = None
         self._entered = False
+        self._ended: float | None = None
 
     def __enter__(self) -> "StabilityProbe":
         if self._entered:
@@ -148,27 +154,38 @@ class StabilityProbe:
             self.flush()
         except Exception as failure:
             self._end(error or failure)
-            raise
-        self._end(error)
+            if error is None:  # otherwise the first error is the one to show
+                raise
+        else:
+            self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
+        self._ended = time.perf_counter()
         if self.run is not None:
             reason = None if error is None else f"{type(error).__name__}: {error}"
             state = "complete" if error is None else "failed"
             self.run.end(state, reason, {"probe": self.cost()})
 
-    def step(self, *, loss: Tensor | None = None, grad_scale: float = 1.0) -> None:
+    def step(
+        self,
+        *,
+        loss: Tensor | float | None = None,
+        grad_scale: float = 1.0,
+        grads_unscaled: bool = False,
+    ) -> None:
         """Record one optimizer step; call it after the backward pass and before `zero_grad`.
 
         Args:
             loss: the per-sample losses (batch,), or one number; recorded as it is.
-            grad_scale: what a `GradScaler` multiplied the loss by (`scaler.get_scale()`), if the
-                gradients have not been unscaled.
+            grad_scale: what a `GradScaler` multiplied the loss by: `scaler.get_scale()` before
+                `scaler.update()`.
+            grads_unscaled: whether the parameters' gradients have been divided by it since, as
+                `scaler.unscale_` and `scaler.step` do.
         """
         self.steps += 1
         if self._due(self.steps):
             with self._timed("step"):
-                self._record(loss, grad_scale)
+                self._record(loss, grad_scale, 1.0 if grads_unscaled else grad_scale)
         self._features.clear()
         if self.sensitivity_every and (self.steps == 1 or self.steps % self.sensitivity_every == 0):
             with self._timed("sensitivity"):
@@ -180,13 +197,12 @@ class StabilityProbe:
     def flush(self) -> None:
         """Store what is still on the device."""
         with self._timed("flush"):
-            frame = self._buffer.drain()
-            if frame.empty:
-                return
-            if self.run is not None:
-                self.run.append(frame)
-            else:
+            frame = self._buffer.frame()
+            if self.run is None:
                 self._in_memory.append(frame)
+            elif not frame.empty:
+                self.run.append(frame)
+            self._buffer.clear()  # now that they are stored
 
     def frame(self) -> pd.DataFrame:
         """All records so far: a tidy frame of step, metric, site, level, stat, value."""
@@ -204,12 +220,18 @@ class StabilityProbe:
             Seconds in hooks, in `step`, in storing and in the scheduled measurements; seconds in
             all; and `overhead`, the first three over the seconds in which the probe did nothing.
         """
-        elapsed = time.perf_counter() - self._started
+        elapsed = (self._ended or time.perf_counter()) - self._started
         seconds = {"hooks": self._features.seconds, **self._seconds}
         bare = max(elapsed - sum(seconds.values()), 1e-9)
         always_on = sum(seconds.values()) - seconds["sensitivity"]
         named = {f"{name}_s": value for name, value in seconds.items()}
         return {**named, "elapsed_s": elapsed, "overhead": always_on / bare}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StabilityProbe":
+        """An inert probe: a copy of a probed model (an average of it, say) is not probed."""
+        inert = StabilityProbe(nn.Identity(), [])
+        inert._blocks = {}
+        return inert
 
     def _due(self, step: int) -> bool:
         return step == 1 or step % self.every == 0
@@ -245,15 +267,21 @@ class StabilityProbe:
             self._blocks = None  # the model refuses this input: learn from the next
             raise
         self._parameters = ParameterProbe(self.model, self._blocks, self.config.updates)
+        args, kwargs = bound_arguments(module, args, kwargs)
         if self._batch is None:
-            self._batch = ProbeBatch(*bound_arguments(module, args, kwargs)).head(8)
+            self._batch = ProbeBatch(args, kwargs).head(8)
+        device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        self._batch = self._batch.map(lambda tensor: tensor.to(device))
 
-    def _record(self, loss: Tensor | None, grad_scale: float) -> None:
+    def _record(
+        self, loss: Tensor | float | None, feature_scale: float, parameter_scale: float
+    ) -> None:
         """Reduce what the hooks saw, and the parameters, to the numbers of this step."""
         seen = self._features
-        samples = seen.samples(grad_scale)
+        samples = seen.samples(feature_scale)
         if loss is not None:
-            samples[Key("loss", "loss", 0, "")] = loss.detach().reshape(-1)
+            device = next((v.device for v in samples.values()), None)
+            samples[Key("loss", "loss", 0, "")] = torch.as_tensor(loss, device=device).reshape(-1)
         if samples:
             device = next(iter(samples.values())).device
             t = torch.cat(seen.noise_level) if seen.noise_level else None
@@ -261,7 +289,7 @@ class StabilityProbe:
                 t = None  # some pass of the step had no noise level
             self._buffer.add(self.steps, *summarise(samples, t, self._bin_edges(device)))
         if self._parameters is not None:
-            self._buffer.add(self.steps, *self._parameters.read(grad_scale))
+            self._buffer.add(self.steps, *self._parameters.read(parameter_scale))
 
     def _measure(self) -> None:
         """Take the scheduled measurements on the probe batch."""

@@ -74,7 +74,7 @@ class RecordBuffer:
 
     >>> buffer = RecordBuffer()
     >>> buffer.add(1, [Key("loss", "loss", 0, "mean")], torch.tensor([0.5]))
-    >>> buffer.drain().values.tolist()
+    >>> buffer.frame().values.tolist()
     [[1, 'loss', 'loss', 0, 'mean', 0.5]]
     """
 
@@ -91,9 +91,13 @@ class RecordBuffer:
             raise ValueError(f"{len(keys)} keys for {len(values)} values at step {step}")
         self._steps.append((step, keys, values.detach()))
 
-    def drain(self) -> pd.DataFrame:
-        """Copy the numbers off the device, as a frame of records, and forget them."""
-        steps, self._steps = self._steps, []
+    def clear(self) -> None:
+        """Forget the numbers."""
+        self._steps = []
+
+    def frame(self) -> pd.DataFrame:
+        """Copy the numbers off the device, as a frame of records."""
+        steps = self._steps
         if not steps:
             return empty_frame()
         values = torch.cat([v.double() for _, _, v in steps]).cpu().numpy()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.batch import ProbeBatch
 from stability_probe.probes.features import Site, sample_energy
 from stability_probe.probes.records import Key
@@ -35,17 +36,32 @@ class SensitivityConfig:
         epsilons: sizes ε_δ of the perturbations, as fractions of ‖x_t‖.
         directions: random directions for each of them.
         rtol: relative tolerance on the residual of σ_max(J).
-        block_rtol: the same for the blocks; their residuals are added, to stay above the truth.
+        block_rtol: the same for the blocks; their residuals are added, which covers the estimate's
+            own error.
         max_products: most products with a Jacobian and its transpose for one norm.
         chunk: samples whose gradients are held at once.
+
+    Raises:
+        StabilityProbeError: if a number is not positive or there is no ε.
     """
 
     epsilons: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     directions: int = 4
     rtol: float = 5e-3
-    block_rtol: float = 2e-2
+    block_rtol: float = 5e-3
     max_products: int = 60
     chunk: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.epsilons or min(self.epsilons) <= 0:
+            raise StabilityProbeError(
+                f"SensitivityConfig: epsilons must be positive fractions, got {self.epsilons}"
+            )
+        for name in ("directions", "max_products", "chunk"):
+            if getattr(self, name) < 1:
+                raise StabilityProbeError(
+                    f"SensitivityConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
 
 
 @dataclass
@@ -95,7 +111,7 @@ class SensitivityProbe:
             eps = fraction * size
             ratios = []
             for d in directions:
-                delta = d * (eps / sample_energy(d).sqrt()).view(shape)
+                delta = (d * (eps / sample_energy(d).sqrt()).view(shape)).to(x.dtype)
                 change = batch.call(self.model, x + delta) - out
                 ratios.append(sample_energy(change).sqrt() / eps)
             site = f"eps={fraction:g}"

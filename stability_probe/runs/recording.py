@@ -208,7 +208,7 @@ def record_ensemble(
         raise
     finally:
         for name, run in runs.items():
-            run.append(buffers[name].drain())
+            run.append(buffers[name].frame())
             run.end(state, reason, {})
     return list(runs.values())
 

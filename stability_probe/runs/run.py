@@ -203,23 +203,21 @@ def finite(value: Any) -> Any:
 
 
 def open_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """Runs from folders; a folder that is not a run stands for the runs directly or deeper in it.
+    """Runs from folders, each once; a folder that is not a run stands for the runs below it.
 
     Raises:
         StabilityProbeError: if a path is neither a run nor contains one.
     """
-    runs: list[Run] = []
+    folders: dict[Path, Path] = {}
     for path in map(Path, paths):
-        if (path / "run.json").exists():
-            runs.append(Run.open(path))
-            continue
-        inside = sorted(file.parent for file in path.rglob("run.json"))
+        here = [path] if (path / "run.json").exists() else []
+        inside = here or sorted(file.parent for file in path.rglob("run.json"))
         if not inside:
             raise StabilityProbeError(
                 f"{path}: neither a run folder (no run.json) nor a folder with runs in it"
             )
-        runs += [Run.open(folder) for folder in inside]
-    return runs
+        folders.update({folder.resolve(): folder for folder in inside})
+    return [Run.open(folder) for folder in folders.values()]
 
 
 def _replace(partial: Path, final: Path) -> None:

@@ -140,7 +140,6 @@ class LearnableScaling(Scaling):
         shared: one network for all skips. Where skips differ in size (conv UNets), one for each
             size, named by it: `size32.layer1`, ....
         reduction: r, the ratio of the gate's size to its hidden size.
-        per_token: whether to gate tokens; `None` decides by the number of dimensions (3: tokens).
         generator: source of the initial weights; `None` is seeded with 0.
 
     Raises:
@@ -151,13 +150,12 @@ class LearnableScaling(Scaling):
         self,
         shared: bool = True,
         reduction: int = 16,
-        per_token: bool | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if reduction < 1:
             raise StabilityProbeError(f"ls scaling: reduction must be at least 1, got {reduction}")
-        self.shared, self.reduction, self.per_token = shared, reduction, per_token
+        self.shared, self.reduction = shared, reduction
         self.name = "ls" if shared else "ls-non-shared"
         # A seed rather than the generator, which can be neither copied nor pickled.
         self._seed = int(torch.randint(2**31, (), generator=generator)) if generator else 0
@@ -174,10 +172,6 @@ class LearnableScaling(Scaling):
         Raises:
             StabilityProbeError: if the scheme was made for skips of other sizes.
         """
-        if self.per_token and any(len(s.shape) < 2 for s in skips):
-            raise StabilityProbeError(
-                "ls scaling: per_token needs features (L, D), these have no L"
-            )
         generator = torch.Generator().manual_seed(self._seed)
         sizes = {s.level: s.shape[0] for s in skips}  # L of (L, D), or C of (C, ...)
         if self._sizes not in ({}, sizes):
@@ -201,8 +195,7 @@ class LearnableScaling(Scaling):
 
     def gate(self, u: Tensor, level: int) -> Tensor:
         """κ_i(u), broadcastable to `u`."""
-        tokens = u.ndim == 3 if self.per_token is None else self.per_token
-        pooled = u.mean(dim=-1) if tokens else u.flatten(2).mean(dim=2) if u.ndim > 2 else u
+        pooled = u.flatten(2).mean(dim=2) if u.ndim > 2 else u
         network: Any = self.get_submodule(self._network_of[level])
         gate = torch.sigmoid(network.layer2(F.relu(network.layer1(pooled))))
         return gate.view(*gate.shape, *(1,) * (u.ndim - 2))

@@ -39,7 +39,7 @@ def skip_energy_sum(kappa: Sequence[float], level: int, index: Index = "paper") 
 
     Args:
         kappa: $\kappa_1, \dots, \kappa_N$, outermost first.
-        level: $i$, from 0 (the network's output) to $N$ (the middle block's output).
+        level: $i$, from 0 (the last decoder block's output) to $N$ (the middle block's output).
         index: `"paper"` starts the sum at $j = i$, `"tight"` at $j = i + 1$.
 
     Raises:

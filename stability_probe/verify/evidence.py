@@ -1,7 +1,8 @@
 """Records and what is known about the run they come from, in the shape that claims need."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +25,7 @@ class Evidence:
     Attributes:
         name: what to call the run.
         frame: its records.
-        info: its `run.json`; empty for a bare frame.
+        info: its `run.json` and the folder's `path`; empty for a bare frame.
 
     Raises:
         StabilityProbeError: if the frame has not the columns of records.
@@ -46,12 +47,18 @@ class Evidence:
     def of(cls, run: Run) -> "Evidence":
         """The evidence in a run folder."""
         info = run.info
+        info["path"] = str(run.path)
         return cls(str(info.get("scheme", run.name)), run.records(), info)
 
     @property
     def kind(self) -> str:
         """`training`, or `ensemble` for random networks."""
         return str(self.info.get("kind", "training"))
+
+    @property
+    def failed(self) -> bool:
+        """Whether the run ended early, with an error."""
+        return self.info.get("state") == "failed"
 
     @cached_property
     def n_skips(self) -> int:
@@ -173,10 +180,12 @@ def gather(source: pd.DataFrame | Run | Sequence[Run]) -> list[Evidence]:
     if not runs:
         raise StabilityProbeError("verify: at least one run is needed, got none")
     found = sorted(map(Evidence.of, runs), key=lambda e: -sum(k**2 for k in e.kappa))
-    several_seeds = len({(e.kind, e.name) for e in found}) < len(found)
-    if not several_seeds:
-        return found
-    return [
-        Evidence(f"{e.name} seed {e.info['seed']}" if "seed" in e.info else e.name, e.frame, e.info)
-        for e in found
-    ]
+    for detail in ("seed", "path"):  # added to the names that would be the same without it
+        taken = Counter((e.kind, e.name) for e in found)
+        found = [
+            replace(e, name=f"{e.name} {detail} {e.info[detail]}")
+            if taken[e.kind, e.name] > 1 and detail in e.info
+            else e
+            for e in found
+        ]
+    return found

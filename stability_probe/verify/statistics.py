@@ -1,5 +1,6 @@
 """The few statistics that verdicts rest on: intervals over independent units."""
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -15,14 +16,20 @@ FEWEST_UNITS = 20
 
 
 def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], n: int, *, resamples: int = 2000, seed: int = 0
+    statistic: Callable[[np.ndarray], float],
+    n: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval | None:
-    """95% percentile-bootstrap interval of a statistic of n independent units.
+    """Percentile-bootstrap interval of a statistic of n independent units.
 
     Args:
         statistic: from the indices of a resample of the units to the statistic; NaN for a
             resample on which it is undefined, which is left out.
         n: number of units.
+        confidence: of the interval.
         resamples: number of resamples.
         seed: of the resampling.
 
@@ -49,7 +56,7 @@ def bootstrap_interval(
     drawn = drawn[np.isfinite(drawn)]
     if drawn.size == 0:
         return None
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -67,6 +74,15 @@ def share_interval(share: float, n: int) -> Interval:
     low = 0.0 if hits <= 0 else float(stats.beta.ppf(0.025, hits, n - hits + 1))
     high = 1.0 if hits >= n else float(stats.beta.ppf(0.975, hits + 1, n - hits))
     return low, high
+
+
+def fewest_for_share(required: float) -> int:
+    """The least number of units on which a share of 1 surely reaches what is required.
+
+    >>> fewest_for_share(0.85)
+    23
+    """
+    return math.ceil(math.log(0.025) / math.log(required))
 
 
 def share_status(interval: Interval, required: float) -> Status:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -45,6 +46,13 @@ def verify(source: pd.DataFrame | Run | Sequence[Run]) -> list[Verdict]:
     if len(training) > 1:
         verdicts.append(oscillation_verdict(training))
     verdicts += [input_energy_verdict(runs) for runs in _by_input(training)]
+    failures = {run.name: run.info.get("reason") for run in evidence if run.failed}
+    verdicts = [
+        replace(v, advice=f"{v.advice}; the run failed: {failures[v.run]}")
+        if v.run in failures
+        else v
+        for v in verdicts
+    ]
     return sorted(verdicts, key=lambda v: v.theorem)  # stable: the order within stays
 
 

@@ -37,6 +37,12 @@ def test_a_batch_without_a_sample_is_refused(args):
         ProbeBatch(args)
 
 
+@pytest.mark.parametrize("sensitive", [0, -1])
+def test_a_number_of_sensitive_samples_below_one_is_refused(sensitive):
+    with pytest.raises(StabilityProbeError, match=f"sensitive must be at least 1, got {sensitive}"):
+        batch(sensitive=sensitive)
+
+
 def test_the_loss_needs_a_target():
     with pytest.raises(StabilityProbeError, match="a loss needs a target, and there is none"):
         batch(target=None).losses(lambda x, *args, **kwargs: x)

@@ -3,6 +3,7 @@
 Their energies are held against the oracle in `test_probe.py`.
 """
 
+import copy
 from contextlib import ExitStack
 
 import pytest
@@ -179,9 +180,22 @@ def test_each_backward_pass_gives_a_gradient_of_its_own():
         out = NET(X)
         out.sum().backward(retain_graph=True)
         (3 * out.sum()).backward()
-    first, second = probe.gradient["h", 1]
+    (pass_of_first, first), (pass_of_second, second) = probe.gradient["h", 1]
+    assert pass_of_first == pass_of_second == 0
     torch.testing.assert_close(second, 9 * first)
     assert len(probe.energy["h", 1]) == 1
+
+
+def test_a_copy_is_not_probed():
+    net = copy.deepcopy(NET)
+    probe = FeatureProbe(find_skips(net, X))
+    with ExitStack() as stack:
+        probe.attach(net, stack)
+        probe.active = True
+        copy.deepcopy(net)(X).sum().backward()
+        assert not probe.energy
+        net(X)
+    assert set(probe.energy) == SITES
 
 
 def test_frozen_inputs_are_seen_without_gradients():

@@ -19,7 +19,7 @@ def frame_of(keys, values):
     """The numbers of one step as a frame."""
     buffer = RecordBuffer()
     buffer.add(1, keys, values)
-    return buffer.drain()
+    return buffer.frame()
 
 
 def backward(net, case, scale=1.0, seed=0):

@@ -1,5 +1,6 @@
 """The recorder as a whole: it changes nothing, leaves nothing, and records what happened."""
 
+import copy
 import gc
 import weakref
 from contextlib import ExitStack, nullcontext
@@ -270,8 +271,10 @@ class TestNothingIsLeft:
         assert {"grad_energy", "sample_grad_energy"} <= set(probe.frame().metric)
 
 
-def record(net, case, batches, *, scale=1.0, call=None, sensitivity_every=0, **options):
-    """The frame of one recorded step, gradients accumulated over batches."""
+def record(
+    net, case, batches, *, scale=1.0, call=None, at_once=False, sensitivity_every=0, **options
+):
+    """The frame of one recorded step, gradients accumulated over batches, or of all at once."""
     options["sensitivity_every"] = sensitivity_every
     call = call or (lambda x, t: output_of(net, x, t))
     net.zero_grad()
@@ -279,7 +282,10 @@ def record(net, case, batches, *, scale=1.0, call=None, sensitivity_every=0, **o
         losses = []
         for x, t, target in batches:
             losses.append(per_sample_mse(call(x, t), target))
-            (scale * losses[-1].mean() / len(batches)).backward()
+            if not at_once:
+                (scale * losses[-1].mean() / len(batches)).backward()
+        if at_once:
+            (scale * sum(loss.mean() for loss in losses) / len(batches)).backward()
         probe.step(loss=torch.cat(losses), grad_scale=scale)
     return probe.frame()
 
@@ -303,6 +309,14 @@ class TestRecordsAgainstTheOracle:
         for i in range(1, len(case.skips(net)) + 1):  # h_i := z_i
             z, h = found["energy", "z", i], found["energy", "h", i]
             np.testing.assert_allclose(h, z, rtol=1e-12)
+
+    def test_two_passes_and_one_backward_pass_are_the_same(self, case):
+        """Gradients come last pass first, and are put with the samples that they belong to."""
+        net = case.net(torch.float64).eval()
+        batches = [case.data(n, seed, torch.float64) for n, seed in ((4, 1), (3, 2))]
+        frame = record(net, case, batches, at_once=True)
+        net.zero_grad()
+        assert_rows(frame, expected_step(net, batches))
 
     def test_float32_features_agree_with_float64(self, case):
         net, exact = case.net().eval(), case.net(torch.float64).eval()
@@ -373,6 +387,42 @@ class TestRecordsAgainstTheOracle:
             probe.step(loss=torch.tensor(2.5))
         loss = probe.frame().query("metric == 'loss'").set_index("stat").value
         assert loss.to_dict() == {"mean": 2.5, "min": 2.5, "max": 2.5}
+
+    @pytest.mark.parametrize("loss", [2.5, 2, torch.tensor([2.5])], ids=str)
+    def test_a_number_as_the_loss(self, cases, loss):
+        case = cases["add"]
+        net = case.net()
+        with StabilityProbe(net, case.skips(net), sensitivity_every=0) as probe:
+            net(case.data(4)[0]).sum().backward()
+            probe.step(loss=float(loss))
+        rows = probe.frame().query("metric == 'loss'")
+        assert rows.value.tolist() == [float(loss)] * 3
+
+    def test_parameter_gradients_may_have_been_unscaled_before(self, cases):
+        """After `scaler.unscale_` features still have the loss's scale, parameters do not."""
+        case = cases["concat"]
+        net = case.net(torch.float64)
+        x, t, target = case.data(4, dtype=torch.float64)
+        with StabilityProbe(net, case.skips(net), sensitivity_every=0) as probe:
+            loss = per_sample_mse(net(x, t), target)
+            (512 * loss.mean()).backward()
+            for p in net.parameters():
+                p.grad /= 512
+            probe.step(loss=loss, grad_scale=512.0, grads_unscaled=True)
+        net.zero_grad()
+        assert_rows(probe.frame(), expected_step(net, [(x, t, target)]))
+
+    def test_a_copy_of_the_model_is_not_recorded(self, cases):
+        case = cases["uvit"]
+        net = case.net()
+        batch = case.data(4)
+
+        def with_a_copy(x, t):
+            copy.deepcopy(net)(100 * x, t).sum().backward()
+            return net(x, t)
+
+        plain = record(net, case, [batch])
+        pd.testing.assert_frame_equal(record(net, case, [batch], call=with_a_copy), plain)
 
     def test_without_a_loss_there_is_none_and_the_rest_is_the_same(self, cases):
         case = cases["add"]
@@ -631,6 +681,42 @@ class TestSchedule:
             one_step(probe, net, case)
         assert (run.info["state"], run.info["reason"]) == ("failed", "OSError: disk full")
         assert hooks_of(net) == before
+
+    def test_records_that_could_not_be_stored_are_kept_and_tried_again(
+        self, cases, tmp_path, monkeypatch
+    ):
+        run, case = Run(tmp_path / "run"), cases["add"]
+        net = case.net()
+
+        def full(frame):
+            raise OSError("disk full")
+
+        with StabilityProbe(net, case.skips(net), run=run, sensitivity_every=0) as probe:
+            one_step(probe, net, case)
+            with monkeypatch.context() as patch:
+                patch.setattr(run, "append", full)
+                with pytest.raises(OSError, match="disk full"):
+                    probe.flush()
+            one_step(probe, net, case)
+        assert sorted(run.records().step.unique()) == [1, 2]
+        assert not run.records().duplicated(list(COLUMNS[:-1])).any()
+
+    def test_the_first_of_two_errors_is_the_one_shown(self, cases, tmp_path, monkeypatch):
+        run, case = Run(tmp_path / "run"), cases["add"]
+        net = case.net()
+        monkeypatch.setattr(run, "append", lambda frame: 1 / 0)
+        with pytest.raises(Boom), StabilityProbe(net, case.skips(net), run=run) as probe:
+            one_step(probe, net, case)
+            boom()
+        assert run.info["state"] == "failed"
+        assert run.info["reason"].startswith("Boom")
+
+    def test_skips_out_of_order_are_refused(self, cases):
+        net = cases["add"].net()
+        skips = cases["add"].skips(net)
+        for wrong in (skips[::-1], skips[1:], [*skips, skips[0]]):
+            with pytest.raises(StabilityProbeError, match="must have the levels 1"):
+                StabilityProbe(net, wrong)
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"every": -1}, {"sensitivity_every": -1}])

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stability_probe import TheoryUNet, UViT, UViTConfig, find_skips, scale_skips
+from stability_probe import (
+    StabilityProbeError,
+    TheoryUNet,
+    UViT,
+    UViTConfig,
+    find_skips,
+    scale_skips,
+)
 from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityProbe
 from stability_probe.skips import parameter_blocks, parse_scaling
 from stability_probe.theory import blockwise_bound, max_block_gain, robustness_bound
@@ -133,6 +140,21 @@ class TestJacobianNorms:
                     measured = found[("lipschitz", *block)][s]
                     assert measured >= dense * (1 - 1e-9), block
                     assert measured <= dense * (1 + 1e-4), block
+
+    def test_a_rough_norm_errs_upwards(self, cases):
+        """An estimate lies below σ_max; with its residual it nearly always lies above."""
+        rough = SensitivityConfig(block_rtol=0.1)
+        with measuring(cases["concat"], "unscaled", n=8, config=rough) as (probe, net):
+            found = by_site(probe.measure())
+            x, t = probe.batch.args
+            above = []
+            for s in range(len(x)):
+                blocks, _ = blocks_at(net, x[s][None], t[s][None], [1.0] * 3)
+                for block, (fn, v) in blocks.items():
+                    dense = torch.linalg.matrix_norm(dense_jacobian(fn, v)[0], ord=2)
+                    above.append((found[("lipschitz", *block)][s] >= dense).item())
+        assert len(above) == 8 * 7
+        assert sum(above) > 0.8 * len(above)
 
     def test_default_tolerances_cost_a_tenth_at_most(self, cases):
         for name in ("add", "concat", "uvit", "unet2d"):
@@ -406,3 +428,19 @@ class TestMeasure:
             power = powers.get(site[0], 0)
             if site[0] != "sigma_max_residual":
                 torch.testing.assert_close(scaled[site], c**power * value, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilons": ()}, r"epsilons must be positive fractions, got \(\)"),
+        ({"epsilons": (0.1, 0.0)}, "epsilons must be positive fractions"),
+        ({"directions": 0}, "directions must be at least 1, got 0"),
+        ({"max_products": 0}, "max_products must be at least 1, got 0"),
+        ({"chunk": -1}, "chunk must be at least 1, got -1"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(StabilityProbeError, match=message):
+        SensitivityConfig(**options)

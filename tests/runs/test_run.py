@@ -291,6 +291,11 @@ class TestOpenRuns:
         ]
         assert self.names() == []
 
+    def test_each_run_comes_once(self, tree, monkeypatch):
+        monkeypatch.chdir(tree)
+        given = ["sweep/a", tree / "sweep", "sweep/../sweep/a", "sweep/a"]
+        assert self.names(*given) == ["sweep/a", "sweep/b", "sweep/deep/er/c"]
+
     @pytest.mark.parametrize("name", ["empty", "missing", "sweep/notes.txt"])
     def test_a_path_with_no_run_is_refused(self, tree, name):
         with pytest.raises(StabilityProbeError, match="neither a run folder") as e:

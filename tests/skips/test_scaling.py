@@ -148,18 +148,17 @@ def test_reduction(reduction, hidden):
 
 
 @pytest.mark.parametrize(
-    ("shape", "per_token", "pool", "expand"),
+    ("shape", "pool", "expand"),
     [
-        ((6, 5), None, lambda u: u.mean(2), lambda g: g[:, :, None]),  # tokens
-        ((6, 5, 4), None, lambda u: u.mean((2, 3)), lambda g: g[:, :, None, None]),  # maps
-        ((6, 2, 3, 4), None, lambda u: u.mean((2, 3, 4)), lambda g: g[:, :, None, None, None]),
-        ((6,), None, lambda u: u, lambda g: g),  # vectors: a gate for every number
-        ((6, 5), False, lambda u: u.mean(2), lambda g: g[:, :, None]),  # a signal's channels
+        ((6, 5), lambda u: u.mean(2), lambda g: g[:, :, None]),  # tokens
+        ((6, 5, 4), lambda u: u.mean((2, 3)), lambda g: g[:, :, None, None]),  # maps
+        ((6, 2, 3, 4), lambda u: u.mean((2, 3, 4)), lambda g: g[:, :, None, None, None]),
+        ((6,), lambda u: u, lambda g: g),  # vectors: a gate for every number
     ],
-    ids=["tokens", "maps", "volumes", "vectors", "signals"],
+    ids=["tokens", "maps", "volumes", "vectors"],
 )
-def test_gate_by_hand(shape, per_token, pool, expand):
-    scheme = LearnableScaling(reduction=2, per_token=per_token)
+def test_gate_by_hand(shape, pool, expand):
+    scheme = LearnableScaling(reduction=2)
     scheme.prepare(skips_of(shape))
     u = randn(3, *shape)
     hidden = (pool(u) @ scheme.layer1.weight.T + scheme.layer1.bias).clamp(min=0)

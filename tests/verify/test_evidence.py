@@ -133,6 +133,10 @@ class TestGather:
         assert [e.name for e in gather(runs)] == ["cs:0.7 seed 0", "cs:0.7 seed 7"]
         assert [e.name for e in gather(runs[1:])] == ["cs:0.7"]
 
+    def test_runs_of_one_scheme_and_seed_are_told_apart(self, tmp_path):
+        runs = [stored(trace(steps=steps), tmp_path / str(steps)) for steps in (20, 40)]
+        assert len({e.name for e in gather(runs)}) == 2
+
     def test_nothing(self):
         with pytest.raises(StabilityProbeError, match="at least one run is needed, got none"):
             gather([])

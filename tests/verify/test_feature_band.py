@@ -131,15 +131,16 @@ class TestVerdict:
         verdict = feature_band_verdict(altered(band(), "sample_energy", "x", value, stat=stat))
         assert verdict.status == "ASSUMPTION_UNMET"
 
-    @pytest.mark.parametrize(("samples", "held_out"), [(38, 19), (39, 19), (1, 0)])
+    @pytest.mark.parametrize(("samples", "held_out"), [(44, 22), (45, 22), (1, 0)])
     def test_too_few_samples(self, samples, held_out):
         verdict = feature_band_verdict(band(samples))
         assert (verdict.status, verdict.n) == ("INCONCLUSIVE", held_out)
-        assert f"{held_out} held-out samples; a probe batch of 40 is needed" in verdict.advice
+        assert f"{held_out} held-out samples; a probe batch of 46 is needed" in verdict.advice
 
     def test_enough_samples_to_try_and_too_few_to_tell(self):
-        verdict = feature_band_verdict(band(40))
-        assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 20)
+        missed = altered(band(46), "sample_energy", "h", 1e6, stat="s1")
+        verdict = feature_band_verdict(missed)
+        assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 23)
         assert verdict.interval[0] < 0.85 < verdict.interval[1]
 
     def test_nothing_recorded(self):

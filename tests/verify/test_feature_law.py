@@ -21,11 +21,11 @@ def networks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
-    """100 random networks of m = 128 with some setting changed, recorded once, by scheme."""
+    """100 random networks of m = 64 with some setting changed, recorded once, by scheme."""
 
     @cache
     def record(**setting):
-        config = EnsembleConfig(networks=100, m=128, **setting)
+        config = EnsembleConfig(networks=100, m=64, **setting)
         runs = record_ensemble(config, ["unscaled", "cs:0.7"], tmp_path_factory.mktemp("changed"))
         return {run.info["scheme"]: Evidence.of(run) for run in runs}
 

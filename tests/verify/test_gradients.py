@@ -63,6 +63,12 @@ class TestSlope:
         assert verdict.status == "HOLDS"
         assert verdict.estimate == pytest.approx(0.9, abs=0.02)
 
+    def test_frozen_blocks_at_all_levels_that_have_skips(self):
+        evidence = gradients(kappa=(1.0, 0.0, 0.0), power=0.9)
+        gone = evidence.frame.eval("metric == 'sample_grad_energy' and level == 1")
+        verdict = gradient_slope_verdict(Evidence("e", evidence.frame[~gone], evidence.info))
+        assert verdict.status in ("INCONCLUSIVE", "ASSUMPTION_UNMET")
+
     def test_without_skips(self):
         verdict = gradient_slope_verdict(gradients(kappa=(0.0,) * 3))
         assert verdict.status == "ASSUMPTION_UNMET"
@@ -124,17 +130,23 @@ class TestBound:
         assert gradient_bound_verdict(gradients(kappa=(0.0,) * 3, power=0.9)).status == "HOLDS"
 
     def test_enough_samples_to_try_and_too_few_to_tell(self):
-        verdict = gradient_bound_verdict(gradients(40, power=0.9))
-        assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 20)
+        evidence = gradients(46, power=0.9)
+        size = evidence.samples("sample_loss", "loss", 0) * evidence.samples(
+            "sample_energy", "x", 0
+        )
+        worst = f"s{int(size[0].argmax())}"
+        missed = altered(evidence, "sample_grad_energy", "a", 1e9, stat=worst)
+        verdict = gradient_bound_verdict(missed)
+        assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 23)
         assert "enlarge the probe batch" in verdict.advice
 
 
 @BOTH
-@pytest.mark.parametrize("samples", [1, 39])
+@pytest.mark.parametrize("samples", [1, 45])
 def test_too_few_samples(verdict_of, samples):
     verdict = verdict_of(gradients(samples, power=0.9))
     assert (verdict.status, verdict.n) == ("INCONCLUSIVE", samples)
-    assert f"gradients of {samples} samples were recorded; 40 are needed" in verdict.advice
+    assert f"gradients of {samples} samples were recorded; 46 are needed" in verdict.advice
 
 
 @BOTH

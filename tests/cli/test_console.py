@@ -1,0 +1,68 @@
+import pytest
+
+from stability_probe.cli.console import print_verdicts, progress
+from stability_probe.verify import Verdict
+
+
+def verdict(**values):
+    known = {"theorem": "3.4", "run": "cs:0.7", "claim": "a chain", "status": "HOLDS"}
+    return Verdict(**{**known, **values})
+
+
+def test_a_row_has_every_number(capsys):
+    print_verdicts([
+        verdict(measured=2.0, bound=8.0, statistic="share", estimate=0.5, interval=(0.25, 0.75),
+                n=17)
+    ])  # fmt: skip
+    header, *_ = (out := capsys.readouterr().out).splitlines()
+    for name in ("run", "measured", "bound", "slack", "rests on", "95 % interval", "n", "verdict"):
+        assert name in header
+    (row,) = (line for line in out.splitlines() if line.startswith("cs:0.7"))
+    assert row.split() == ["cs:0.7", "2", "8", "4", "share:", "0.5", "[0.25,", "0.75]", "17",
+                           "HOLDS"]  # fmt: skip
+
+
+def test_what_is_not_known_is_a_dash(capsys):
+    print_verdicts([verdict(status="INCONCLUSIVE")])
+    assert "cs:0.7                            –          –          – –" in capsys.readouterr().out
+
+
+def test_claims_have_a_heading_each(capsys):
+    print_verdicts([
+        verdict(theorem="3.1", claim="one"), verdict(theorem="3.1", claim="one", run="b"),
+        verdict(theorem="3.2", claim="two"), verdict(claim="three"),
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    headings = [line for line in out.splitlines() if line.startswith(("Theorem", "Lemma"))]
+    assert headings == ["Theorem 3.1: one", "Lemma 3.2: two", "Theorem 3.4: three"]
+
+
+def test_advice_is_given_where_a_claim_does_not_hold(capsys):
+    print_verdicts([
+        verdict(advice="fine"), verdict(status="VIOLATED", advice="look at [κ]"),
+        verdict(status="ASSUMPTION_UNMET", advice="train again"),
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "VIOLATED  3.4 cs:0.7: look at [κ]" in out
+    assert "ASSUMPTION_UNMET  3.4 cs:0.7: train again" in out
+    assert "fine" not in out
+
+
+@pytest.mark.parametrize("run", ["a [bold]run[/bold]", "x" * 24])
+def test_names_are_printed_as_they_are(capsys, run):
+    print_verdicts([verdict(run=run)])
+    assert any(line.startswith(f"{run} ") for line in capsys.readouterr().out.splitlines())
+
+
+def test_no_verdicts(capsys):
+    print_verdicts([])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_progress_is_on_stderr(capsys):
+    with progress() as display:
+        task = display.add_task("training cs:0.7", total=4)
+        display.advance(task, 4)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "training cs:0.7" in printed.err and "4/4" in printed.err and "left" in printed.err
