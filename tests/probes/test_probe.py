@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stability_probe import Run, StabilityProbe, StabilityProbeError, TheoryUNet, scale_skips
+from stability_probe import (
+    Run,
+    StabilityProbe,
+    StabilityProbeError,
+    TheoryUNet,
+    find_skips,
+    scale_skips,
+)
 from stability_probe.probes import (
     COLUMNS,
     ProbeBatch,
@@ -788,3 +795,84 @@ class TestLaws:
         if kappa == 0:
             assert (found["energy"]["ku"] == 0).all()
             assert (found["cross"] == 0).all()
+
+
+class TestEasilyWrong:
+    """Cases in which plausible code records a plausible, wrong number."""
+
+    def test_a_grad_scaler_that_has_unscaled_the_parameters_gradients(self, cases):
+        def recorded(scale, unscale):
+            case = cases["add"]
+            net = case.net()
+            x, t, _ = case.data()
+            with StabilityProbe(net, case.skips(net), sensitivity_every=0) as probe:
+                (scale * net(x, t).square().mean()).backward()
+                if unscale:
+                    for p in net.parameters():
+                        p.grad /= scale
+                probe.step(grad_scale=scale, grads_unscaled=unscale)
+            frame = probe.frame()
+            return frame[frame.metric.isin(["grad_energy", "feature_grad_energy"])].value.to_numpy()
+
+        for unscale in (False, True):
+            np.testing.assert_allclose(recorded(2.0**10, unscale), recorded(1.0, False), rtol=1e-4)
+
+    def test_gradients_of_two_forward_passes_fall_into_their_own_noise_bins(self):
+        net = TheoryUNet(8, 2)
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+        with StabilityProbe(net, find_skips(net, x), sensitivity_every=0) as probe:
+            noisy, clean = net(x, torch.full((4,), 990)), net(x, torch.full((4,), 10))
+            (noisy.square().mean() + 0 * clean.square().mean()).backward()
+            probe.step()
+        found = probe.frame().query(
+            "metric == 'feature_grad_energy' and site == 'h' and level == 1"
+        )
+        by_bin = found.set_index("stat").value
+        assert by_bin["t0"] == 0 < by_bin["t3"]
+
+    def test_a_copy_of_a_probed_model_is_not_probed(self):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        with StabilityProbe(net, find_skips(net, x), sensitivity_every=0) as probe:
+            net(x).mean().backward()
+            average = copy.deepcopy(net)
+            for _ in range(3):
+                average(7 * x).mean().backward()
+            probe.step()
+        energies = probe.frame().query("metric == 'energy' and site == 'x'").value
+        np.testing.assert_allclose(energies, 8.0, rtol=1e-6)
+
+    def test_a_flush_that_fails_keeps_its_numbers(self, tmp_path, monkeypatch):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        run = Run(tmp_path / "run")
+        config = ProbeConfig(flush_every=2)
+        append, failures = run.append, iter([True])
+
+        def full_once(frame):
+            if next(failures, False):
+                raise OSError("disk full")
+            append(frame)
+
+        monkeypatch.setattr(run, "append", full_once)
+        with StabilityProbe(
+            net, find_skips(net, x), sensitivity_every=0, run=run, config=config
+        ) as probe:
+            for step in range(4):
+                net(x).mean().backward()
+                if step == 1:
+                    with pytest.raises(OSError, match="disk full"):
+                        probe.step()
+                else:
+                    probe.step()
+        assert set(run.records().step) == {1, 2, 3, 4}
+
+    def test_skips_that_are_not_all_there_are_refused(self):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        with pytest.raises(StabilityProbeError, match=r"levels 1..N in order, got \[2\]"):
+            StabilityProbe(net, find_skips(net, x)[1:])
+
+    def test_a_loss_may_be_a_plain_number(self):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        with StabilityProbe(net, find_skips(net, x), sensitivity_every=0) as probe:
+            net(x).mean().backward()
+            probe.step(loss=0.5)
+        assert set(probe.frame().query("metric == 'loss'").value) == {0.5}

@@ -156,3 +156,18 @@ class TestVerdict:
         note = "κ is the mean measured gain"
         assert note in feature_band_verdict(relabelled(band(), kappa=None)).advice
         assert note not in feature_band_verdict(band()).advice
+
+
+def test_one_level_that_is_never_inside_is_not_averaged_away():
+    """h_0 of every held-out sample is far outside, the other levels are inside."""
+    evidence = band(96)
+    for sample in range(1, 96, 2):
+        evidence = altered(evidence, "sample_energy", "h", 1e9, stat=f"s{sample}", level=0)
+    verdict = feature_band_verdict(evidence)
+    assert (verdict.status, verdict.estimate) == ("VIOLATED", 0)
+    assert "h_0" in verdict.statistic
+
+
+def test_the_advice_says_how_much_the_sum_explains():
+    clear = feature_band_verdict(band(96, noise=0.0)).advice
+    assert "Σκ²‖x_t‖² explains 100% of the variation" in clear

@@ -211,3 +211,15 @@ def test_measured_gains_are_said_to_be_such(verdict_of):
     note = "κ is the mean measured gain"
     assert note in verdict_of(relabelled(gradients(power=0.9), kappa=None)).advice
     assert note not in verdict_of(gradients(power=0.9)).advice
+
+
+def test_one_block_that_always_exceeds_its_bound_is_not_averaged_away():
+    evidence = gradients(96, power=0.9)
+    size = evidence.samples("sample_loss", "loss", 0) * evidence.samples("sample_energy", "x", 0)
+    for step, order in zip((1, 50, 100), size.argsort(axis=1), strict=True):
+        for sample in order[48:]:
+            where = {"step": step, "stat": f"s{sample}", "level": 1}
+            evidence = altered(evidence, "sample_grad_energy", "a", 1e12, **where)
+    verdict = gradient_bound_verdict(evidence)
+    assert (verdict.status, verdict.estimate) == ("VIOLATED", 0)
+    assert "a_1" in verdict.statistic

@@ -94,3 +94,9 @@ class TestVerdict:
     def test_runs_of_one_name(self):
         again = [Evidence("same", run.frame, run.info) for run in runs(6)]
         assert oscillation_verdict(again).n == 6
+
+
+def test_five_runs_in_order_are_hardly_a_coincidence_and_three_of_five_are():
+    """One order of 120 is the best of all: p = 1/120."""
+    ordered = oscillation_verdict(runs(5))
+    assert ordered.status == "HOLDS" and "p = 0.0083" in ordered.advice

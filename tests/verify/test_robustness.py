@@ -131,3 +131,9 @@ def test_points_of_one_step():
     evidence = chain()
     first = Evidence("e", evidence.frame.query("step == 1"), evidence.info)
     assert robustness_verdict(first).n == 8
+
+
+def test_a_norm_that_did_not_settle_violates_nothing():
+    """σ_max(J) is estimated from below: a secant above the estimate may be below the truth."""
+    verdict = robustness_verdict(chain(secant=4.5, residual=1.0))
+    assert verdict.status == "INCONCLUSIVE"

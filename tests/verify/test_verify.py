@@ -124,3 +124,10 @@ def test_kappa_in_run_json_that_does_not_fit_the_records(tmp_path):
     run = stored(relabelled(complete(), kappa=[1.0]), tmp_path / "run")
     with pytest.raises(StabilityProbeError, match="kappa"):
         verify(run)
+
+
+def test_verdicts_on_a_run_that_failed_say_so(tmp_path):
+    run = stored(complete(), tmp_path / "run")
+    run.update({"state": "failed", "reason": "the loss was not finite at step 3"})
+    for verdict in verify(run):
+        assert verdict.advice.endswith("the run failed: the loss was not finite at step 3")
