@@ -9,7 +9,9 @@ $J V_k = U_k B_k$; the largest singular value $\theta$ of the small bidiagonal $
 $\sigma_{\max}(J)$. With $p$ the left singular vector of $B_k$ that goes with $\theta$, the
 residual $\|J^\top\tilde u - \theta\tilde v\| = \beta_k|p_k|$ is known for free, and some singular
 value of $J$ lies within it of $\theta$. Iteration stops when residual $\le$ `rtol`
-$\cdot\,\theta$, which says more than "the estimate stopped changing".
+$\cdot\,\theta$, which says more than "the estimate stopped changing", and not before
+`FEWEST_PRODUCTS`: a start that happens to be nearly orthogonal to the leading singular vector can
+settle on another one for a few products, with a small residual.
 
 **Products.** On one retained graph, $J^\top w$ is a backward pass and $J v$ a backward pass through
 that backward pass ($J^\top w$ is linear in $w$). No forward-mode rule is needed, which fused
@@ -25,6 +27,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 LinearMap = Callable[[Tensor], Tensor]
+
+FEWEST_PRODUCTS = 12
+"""Product pairs before an estimate may count as settled, unless the map is smaller than that."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def golub_kahan_norm(
         value, residual = _ritz(alphas, betas, beta)
         betas.append(beta)
         settled = (residual <= rtol * value) | value.isnan()
-        if settled.all() or len(alphas) >= most:
+        grown = len(alphas) >= min(FEWEST_PRODUCTS, most)
+        if (grown and settled.all()) or len(alphas) >= most:
             return SpectralNorm(value, residual, len(alphas), bool(settled.all()))
 
 

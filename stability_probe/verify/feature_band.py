@@ -130,7 +130,7 @@ def feature_band_verdict(run: Evidence, index: Index = "tight") -> Verdict:
         status,
         measured=float(held_out.ravel()[typical]),
         bound=float(upper.ravel()[typical]),
-        statistic=f"share inside at worst level (h_{worst}), ≥ {REQUIRED:.0%} needed",
+        statistic=f"share inside, worst level h_{worst} (needs {REQUIRED:.0%})",
         estimate=share,
         interval=interval,
         n=n,

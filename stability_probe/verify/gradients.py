@@ -166,7 +166,7 @@ def gradient_bound_verdict(run: Evidence) -> Verdict:
         status,
         measured=float(g.ravel()[typical]),
         bound=float(limit.ravel()[typical]),
-        statistic=f"share below at worst block ({worst}_{level}), ≥ {REQUIRED:.0%} needed",
+        statistic=f"share below, worst block {worst}_{level} (needs {REQUIRED:.0%})",
         estimate=share,
         interval=interval,
         n=hard.shape[1],
