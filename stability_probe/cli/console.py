@@ -19,14 +19,14 @@ from rich.text import Text
 
 from stability_probe.verify import Verdict
 
-PIPE_WIDTH = 150
+PIPE_WIDTH = 154
 """Columns of a table that is not printed to a terminal."""
 _COLUMNS = {
     "run": 24,
     "measured": 10,
     "bound": 10,
     "slack": 10,
-    "rests on": 62,
+    "rests on": 66,
     "n": 5,
     "verdict": 16,
 }

@@ -16,7 +16,7 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
     """Measured against predicted mean ‖x_t‖², over runs that share data and noise schedule.
 
     The units of the interval are training steps, whose batches are drawn afresh. Runs with one seed
-    are trained on the same x_t, so one run a seed is used.
+    are trained on the same x_t, so one run a seed is used, the longest.
     """
     claim = "mean ‖x_t‖² = (1 − (1 − s₀²) E[α²]) m"
     described = [run for run in runs if run.predicted_input_energy is not None]
@@ -26,7 +26,8 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
             "pass a Run whose run.json has `input`"
         )
         return Verdict.undecided("3.2", _names(runs), claim, advice)
-    by_seed = {run.info.get("seed"): run for run in described}
+    longest_last = sorted(described, key=lambda run: len(run.input_energies))
+    by_seed = {run.info.get("seed"): run for run in longest_last}
     energies = np.concatenate([run.input_energies.to_numpy() for run in by_seed.values()])
     if len(energies) < FEWEST_UNITS:
         advice = f"{len(energies)} steps were recorded; {FEWEST_UNITS} are needed"

@@ -91,3 +91,8 @@ def test_a_few_steps_raise_no_more_alarms_than_many():
         for s in range(60)
     )
     assert (alarms - 0.05 * 60) / (60 * 0.05 * 0.95) ** 0.5 < 4
+
+
+def test_of_runs_with_one_seed_the_longest_counts():
+    long, short = noised_inputs(steps=100), noised_inputs(steps=30)
+    assert input_energy_verdict([long, short]).n == input_energy_verdict([short, long]).n == 100
