@@ -1,18 +1,20 @@
 """Long skip connections: what one is, finding them, scaling them, and the blocks between them."""
 
 from stability_probe.skips.blocks import Block, parameter_blocks
-from stability_probe.skips.connection import SkipConnection
-from stability_probe.skips.find import find_skips
+from stability_probe.skips.connection import SkipConnection, SkipWarning
+from stability_probe.skips.find import choose_skips, find_skips
+from stability_probe.skips.freeu import FreeU
+from stability_probe.skips.names import SCHEME_NAMES, parse_scaling
+from stability_probe.skips.operands import OperandTap
+from stability_probe.skips.sc_tuner import SCTuner
 from stability_probe.skips.scale import ScaledSkips, scale_skips
 from stability_probe.skips.scaling import (
-    SCHEME_NAMES,
     ConstantScaling,
     InverseSqrt2,
     LearnableScaling,
     Scaling,
     Uniform,
     Unscaled,
-    parse_scaling,
 )
 from stability_probe.skips.taps import ArgumentTap, OutputTap, SliceTap, Tap
 
@@ -21,16 +23,21 @@ __all__ = [
     "ArgumentTap",
     "Block",
     "ConstantScaling",
+    "FreeU",
     "InverseSqrt2",
     "LearnableScaling",
+    "OperandTap",
     "OutputTap",
+    "SCTuner",
     "ScaledSkips",
     "Scaling",
     "SkipConnection",
+    "SkipWarning",
     "SliceTap",
     "Tap",
     "Uniform",
     "Unscaled",
+    "choose_skips",
     "find_skips",
     "parameter_blocks",
     "parse_scaling",

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from stability_probe.skips.connection import SkipConnection
 from stability_probe.skips.find import evaluating
 from stability_probe.skips.scaling import Scaling
-from stability_probe.skips.taps import OutputTap, bound_arguments
+from stability_probe.skips.taps import bound_arguments
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,13 @@ def parameter_blocks(
     with ExitStack() as stack, evaluating(model), torch.enable_grad():
         for skip in skips:
             entered = Block("mid") if skip.level == len(skips) else Block("a", skip.level + 1)
-            leave_encoder = OutputTap(skip.source).attach(model, order.entering(entered))
             enter_decoder = skip.merged.attach(model, order.entering(Block("b", skip.level)))
-            stack.callback(leave_encoder.remove)
             stack.callback(enter_decoder.remove)
+            if skip.feature is None:  # u_i is the input: a_i is empty
+                order.current = entered
+                continue
+            leave_encoder = skip.feature.attach(model, order.entering(entered))
+            stack.callback(leave_encoder.remove)
         for name, module in model.named_modules():
             if name and any(True for _ in module.parameters(recurse=False)):
                 hook = module.register_forward_hook(order.running(name), prepend=True)

@@ -1,5 +1,6 @@
 """Putting a scaling scheme into a model, and taking it out again, without touching its source."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.skips.connection import SkipConnection
+from stability_probe.skips.connection import SkipConnection, SkipWarning
+from stability_probe.skips.operands import OperandTap
 from stability_probe.skips.scaling import Scaling
+from stability_probe.skips.taps import Tap, uncompiled
 
 
 class ScaledSkips:
@@ -47,8 +50,10 @@ def scale_skips(
     A scheme with parameters becomes a submodule of the model, so that it trains, moves and saves
     with it; scale before making the optimizer. Removing the scheme removes them.
 
+    A model that `torch.compile` has compiled is compiled again at its next call.
+
     Args:
-        model: the model that `skips` were found on.
+        model: the model that `skips` were found on, or what `torch.compile` made of it.
         skips: its long skips.
         scheme: what to scale with.
         name: the submodule's name; `se` is that of ScaleLong's checkpoints.
@@ -71,6 +76,8 @@ def scale_skips(
             f"scale_skips: {type(model).__name__} has no long skips to scale (N = 0)"
         )
     scheme.prepare(skips)
+    model = uncompiled(model)
+    boosts = type(scheme).backbone is not Scaling.backbone
     with ExitStack() as stack:
         if any(True for _ in scheme.parameters()):
             if hasattr(model, name):
@@ -86,6 +93,10 @@ def scale_skips(
         for skip in skips:
             handle = skip.skip.attach(model, _Scale(scheme, skip.level))
             stack.callback(handle.remove)
+            if boosts:
+                handle = skip.main.attach(model, _Boost(scheme, skip.level))
+                stack.callback(handle.remove)
+        _warn_of_compilation([tap for s in skips for tap in (s.skip, s.main)[: 1 + boosts]])
         return ScaledSkips(scheme, scheme.coefficients(len(skips)), stack.pop_all())
 
 
@@ -97,3 +108,24 @@ class _Scale:
     def __call__(self, u: Tensor) -> Tensor:
         scaled: Tensor = self.scheme(u, self.level)
         return scaled
+
+
+@dataclass
+class _Boost:
+    scheme: Scaling
+    level: int
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.scheme.backbone(z, self.level)
+
+
+def _warn_of_compilation(taps: Sequence[Tap]) -> None:
+    inside = sorted({tap.module for tap in taps if isinstance(tap, OperandTap)})
+    if inside:
+        names = ", ".join(name or "the whole model" for name in inside)
+        warnings.warn(
+            f"scale_skips: under torch.compile {names} runs uncompiled, because its merges are "
+            "made inside its own forward",
+            SkipWarning,
+            stacklevel=3,
+        )

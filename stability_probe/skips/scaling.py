@@ -8,11 +8,12 @@ r"""Scaling schemes: what multiplies the encoder feature $u_i$ at the merge.
 | `ConstantScaling(kappa)` | $\kappa^{i-1}$ | CS of ScaleLong; the outermost skip keeps 1 |
 | `LearnableScaling()` | a gate in (0, 1) computed from $u_i$ | LS of ScaleLong |
 
+FreeU and SC-Tuner have modules of their own, `freeu` and `sc_tuner`; `names` has the names of all.
 A scheme is an `nn.Module` called as `scheme(u, level)`; `scale_skips` puts it into a model.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Scaling(nn.Module):
     def forward(self, u: Tensor, level: int) -> Tensor:
         """The scaled u_i, i = `level`."""
         raise NotImplementedError
+
+    def backbone(self, z: Tensor, level: int) -> Tensor:
+        """What becomes of z_i, the other operand of the merge: nothing, but in FreeU."""
+        return z
 
 
 class _Constant(Scaling):
@@ -211,40 +216,3 @@ def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
     for parameter in layer.parameters():
         nn.init.uniform_(parameter, -(n_in**-0.5), n_in**-0.5, generator=generator)
     return layer
-
-
-def parse_scaling(text: str) -> Scaling:
-    """A scheme from its name on the command line.
-
-    Args:
-        text: `unscaled`, `inverse-sqrt2`, `uniform:C`, `cs:KAPPA`, `ls` or `ls-non-shared`.
-
-    Raises:
-        StabilityProbeError: if the name is unknown or its number is missing or out of range.
-
-    >>> parse_scaling("cs:0.7").coefficients(2)
-    [1.0, 0.7]
-    """
-    name, colon, argument = text.partition(":")
-    if name in _PLAIN and not colon:
-        return _PLAIN[name]()
-    if name in _WITH_NUMBER:
-        try:
-            number = float(argument)
-        except ValueError:
-            raise StabilityProbeError(
-                f"scheme {text!r}: a number must follow {name!r}, as in {name}:0.7"
-            ) from None
-        return _WITH_NUMBER[name](number)
-    raise StabilityProbeError(f"unknown scheme {text!r}; choose from {', '.join(SCHEME_NAMES)}")
-
-
-_PLAIN: dict[str, Callable[[], Scaling]] = {
-    "unscaled": Unscaled,
-    "inverse-sqrt2": InverseSqrt2,
-    "ls": LearnableScaling,
-    "ls-non-shared": lambda: LearnableScaling(shared=False),
-}
-_WITH_NUMBER: dict[str, Callable[[float], Scaling]] = {"uniform": Uniform, "cs": ConstantScaling}
-SCHEME_NAMES = ("unscaled", "inverse-sqrt2", "uniform:C", "cs:KAPPA", "ls", "ls-non-shared")
-"""The names that `parse_scaling` takes."""

@@ -8,11 +8,12 @@ Hooks are objects, not closures, so that a deep copy of a model copies what they
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from stability_probe.errors import StabilityProbeError
 
@@ -21,10 +22,18 @@ TensorFn = Callable[[Tensor], Tensor | None]
 
 
 @runtime_checkable
+class Handle(Protocol):
+    """What undoes an attachment."""
+
+    def remove(self) -> None:
+        """Undo it."""
+
+
+@runtime_checkable
 class Tap(Protocol):
     """A place where a tensor passes."""
 
-    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> RemovableHandle:
+    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> Handle:
         """Call `fn` whenever the tensor passes.
 
         Args:
@@ -40,18 +49,23 @@ class Tap(Protocol):
 
 @dataclass(frozen=True)
 class OutputTap:
-    """The output of a module.
+    """The output of a module, or its first tensor.
 
     Attributes:
         module: dotted path of the module; "" is the model itself.
+        call: which of its calls in one pass of the model, from 0; `None` is every one.
     """
 
     module: str
+    call: int | None = None
 
-    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> RemovableHandle:
+    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> Handle:
         """See `Tap.attach`."""
-        module = _submodule(model, self.module)
-        return module.register_forward_hook(_OutputHook(fn), prepend=first)
+        module = submodule(model, self.module)
+        with ExitStack() as stack:
+            hook = _OutputHook(fn, count_calls(model, self.module, self.call, stack))
+            stack.callback(module.register_forward_hook(hook, prepend=first).remove)
+            return Attached(stack.pop_all())
 
 
 @dataclass(frozen=True)
@@ -62,49 +76,71 @@ class ArgumentTap:
         module: dotted path of the module.
         argument: the parameter's name in the module's `forward`.
         item: which item, counted from the end (-1 is the last), if the argument is a tuple.
+        call: which of the module's calls in one pass of the model; `None` is every one.
     """
 
     module: str
     argument: str
     item: int | None = None
+    call: int | None = None
 
-    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> RemovableHandle:
+    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> Handle:
         """See `Tap.attach`."""
-        module = _submodule(model, self.module)
+        module = submodule(model, self.module)
         names = list(inspect.signature(module.forward).parameters)
         if self.argument not in names:
             raise StabilityProbeError(
                 f"tap on {self.module!r}: its forward has no parameter {self.argument!r} "
                 f"(it has {', '.join(names)}); was the skip found on another model?"
             )
-        hook = _ArgumentHook(fn, self.argument, names.index(self.argument), self.item)
-        return module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
+        with ExitStack() as stack:
+            counter = count_calls(model, self.module, self.call, stack)
+            hook = _ArgumentHook(fn, self, names.index(self.argument), counter)
+            handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
+            stack.callback(handle.remove)
+            return Attached(stack.pop_all())
 
 
 @dataclass(frozen=True)
 class SliceTap:
-    """A part of a tensor that another tap sees; it can be looked at, not replaced.
+    """A part of a tensor that another tap sees.
 
     Attributes:
         whole: the tap of the whole tensor.
         dim: the dimension that is cut.
-        length: how many leading entries of it belong to the part.
+        length: how many entries of it belong to the part.
+        start: the first of them.
     """
 
-    whole: OutputTap | ArgumentTap
+    whole: Tap
     dim: int
     length: int
+    start: int = 0
 
-    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> RemovableHandle:
-        """See `Tap.attach`; what `fn` returns is not used."""
-        return self.whole.attach(model, _SliceHook(fn, self.dim, self.length), first=first)
+    def attach(self, model: nn.Module, fn: TensorFn, *, first: bool = False) -> Handle:
+        """See `Tap.attach`."""
+        return self.whole.attach(model, _SliceHook(fn, self), first=first)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The part of a whole tensor."""
+        return whole.narrow(self.dim, self.start, self.length)
+
+    def put(self, whole: Tensor, part: Tensor) -> Tensor:
+        """A whole tensor with another part."""
+        end = self.start + self.length
+        before = whole.narrow(self.dim, 0, self.start)
+        after = whole.narrow(self.dim, end, whole.shape[self.dim] - end)
+        return torch.cat([before, part, after], dim=self.dim)
 
 
 @dataclass
 class _OutputHook:
     fn: TensorFn
+    counter: "CallCounter | None"
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.counter is not None and not self.counter.now:
+            return None
         new = self.fn(first_tensor(output))
         return None if new is None else _with_first_tensor(output, new)
 
@@ -112,44 +148,145 @@ class _OutputHook:
 @dataclass
 class _ArgumentHook:
     fn: TensorFn
-    name: str
+    tap: ArgumentTap
     position: int
-    item: int | None
+    counter: "CallCounter | None"
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        by_name = self.name in kwargs
-        value = kwargs[self.name] if by_name else args[self.position]
-        new: Any = self.fn(value if self.item is None else value[self.item])
+        if self.counter is not None and not self.counter.now:
+            return None
+        name, item = self.tap.argument, self.tap.item
+        by_name = name in kwargs
+        if not by_name and self.position >= len(args):
+            raise StabilityProbeError(
+                f"tap on {self.tap.module!r}: its argument {name!r} was not passed in this call"
+            )
+        value = kwargs[name] if by_name else args[self.position]
+        new: Any = self.fn(value if item is None else value[item])
         if new is None:
             return None
-        if self.item is not None:
-            place = self.item % len(value)
-            new = (*value[:place], new, *value[place + 1 :])
+        if item is not None:
+            place = item % len(value)
+            new = type(value)([*value[:place], new, *value[place + 1 :]])
         if by_name:
-            return args, {**kwargs, self.name: new}
+            return args, {**kwargs, name: new}
         return (*args[: self.position], new, *args[self.position + 1 :]), kwargs
 
 
 @dataclass
 class _SliceHook:
     fn: TensorFn
-    dim: int
-    length: int
+    tap: SliceTap
 
-    def __call__(self, whole: Tensor) -> None:
-        self.fn(whole.narrow(self.dim, 0, self.length))
+    def __call__(self, whole: Tensor) -> Tensor | None:
+        part = self.tap.cut(whole)
+        new = self.fn(part)
+        return None if new is None or new is part else self.tap.put(whole, new)
 
 
-def _submodule(model: nn.Module, path: str) -> nn.Module:
+class CallCounter:
+    """Tells the calls of a module within one pass of the model apart.
+
+    A pass may run inside another one, when a hook calls the model: each has its own count.
+    """
+
+    def __init__(self, path: str, call: int) -> None:
+        self.path, self.call = path, call
+        self.counts: list[int] = []  # of the passes that are running, innermost last
+
+    @property
+    def now(self) -> bool:
+        """Whether the call that runs is the one that is waited for.
+
+        Raises:
+            StabilityProbeError: outside a pass of the model, where calls cannot be told apart.
+        """
+        if not self.counts:
+            raise StabilityProbeError(
+                f"tap on {self.path!r}: the module is called several times in a pass, and now "
+                "outside one (by gradient checkpointing?), so that its calls cannot be told apart"
+            )
+        return self.counts[-1] == self.call
+
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """A pass of the model begins."""
+        self.counts.append(-1)
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """It has ended, or failed."""
+        if self.counts:
+            self.counts.pop()
+
+    def advance(self, module: nn.Module, args: Any) -> None:
+        """The module is called."""
+        if self.counts:
+            self.counts[-1] += 1
+
+
+def count_calls(
+    model: nn.Module, path: str, call: int | None, stack: ExitStack
+) -> CallCounter | None:
+    """Put a counter of a module's calls into a model; `stack` takes it out again.
+
+    Returns:
+        The counter, or `None` if every call is meant.
+    """
+    if call is None:
+        return None
+    counter = CallCounter(path, call)
+    for hook in (
+        model.register_forward_pre_hook(counter.begin, prepend=True),
+        model.register_forward_hook(counter.end, always_call=True),
+        submodule(model, path).register_forward_pre_hook(counter.advance, prepend=True),
+    ):
+        stack.callback(hook.remove)
+    return counter
+
+
+class Attached:
+    """What a tap has put into a model, and how it is undone.
+
+    `torch.compile` does not look for hooks that come or go after it has compiled a module, so what
+    is compiled by then is discarded; it is compiled again at the next call.
+    """
+
+    def __init__(self, undo: ExitStack) -> None:
+        self._undo = undo
+        torch.compiler.reset()
+
+    def remove(self) -> None:
+        """Take all hooks out."""
+        self._undo.close()
+        torch.compiler.reset()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` returned; any other module itself."""
+    inside: nn.Module = getattr(model, "_orig_mod", model)
+    return inside
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path.
+
+    Raises:
+        StabilityProbeError: if there is none, or it is scripted.
+    """
     try:
-        return model.get_submodule(path)
+        module = model.get_submodule(path)
     except AttributeError as error:
         raise StabilityProbeError(
             f"tap on {path!r}: {type(model).__name__} has no such module; "
             "was the skip found on another model, or on a wrapped one?"
         ) from error
+    if isinstance(module, torch.jit.ScriptModule):
+        raise StabilityProbeError(
+            f"tap on {path!r}: it is scripted, and takes no hooks; use the module that it was "
+            "scripted from"
+        )
+    return module
 
 
 def bound_arguments(

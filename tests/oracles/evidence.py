@@ -226,6 +226,72 @@ def chain(
     return training(*frames, kappa=kappa, **info)
 
 
+def with_paths(
+    evidence: Evidence,
+    *,
+    paths: Sequence[float] = (3.0, 1.5),
+    middle: float = 1.0,
+    around: float = 0.0,
+    gap: float = 1e-6,
+    samples: int = 8,
+) -> Evidence:
+    """The evidence with norms of paths; these make a pathwise bound of 5.5."""
+
+    def every(value: Any, levels: int = 1) -> np.ndarray:
+        return np.broadcast_to(np.reshape(value, (1, -1, 1)), (3, levels, samples))
+
+    frames = [
+        sampled("path", "skip", every(paths, len(paths)), first_level=1),
+        sampled("path", "mid", every(middle)),
+        sampled("path", "around", every(around)),
+        sampled("path_gap", "J", every(gap)),
+    ]
+    return Evidence(evidence.name, _concat([evidence.frame, *frames]), evidence.info)
+
+
+FACTORS = (0.0, 0.25, 0.5, 0.71, 1.0)
+
+
+def checkpoint(
+    *,
+    kappa: Sequence[float] = (1.0, 0.5),
+    noise_levels: Sequence[float] = (50.0, 500.0, 950.0),
+    slope: float = 2.0,
+    offset: float = 3.0,
+    bend: float = 0.0,
+    noise: float = 0.02,
+    samples: int = 40,
+    seed: int = 0,
+    **info: Any,
+) -> Evidence:
+    """A probed checkpoint with ‖x‖² = 10 and ‖h_i‖² = 10 (slope S + bend S² + offset), S = Σ(sκ)².
+
+    With it goes what `chain` and `with_paths` have.
+    """
+    rng = np.random.default_rng(seed)
+    steps = range(1, len(noise_levels) + 1)
+    frames = [sampled("sample_energy", "x", np.full((len(steps), 1, samples), 10.0), steps=steps)]
+    for s in FACTORS:
+        signal = s**2 * tail_sums(kappa)[None, :, None]
+        shape = (len(steps), len(kappa) + 1, samples)
+        h = 10 * (slope * signal + bend * signal**2 + offset) * np.ones(shape)
+        h = h * np.exp(noise * rng.normal(size=h.shape))
+        frames.append(sampled("counterfactual_energy", f"s={s:g}", h, steps=steps))
+        if s == 1:
+            frames.append(sampled("sample_energy", "h", h, steps=steps))
+    frames.append(gains(kappa, steps))
+    known = {
+        "kind": "checkpoint", "scheme": "as found", "kappa": list(kappa), "seed": 0,
+        "noise_levels": list(noise_levels), "dtype": "float32", **info,
+    }  # fmt: skip
+    norms = without(with_paths(chain(kappa=kappa)), "sample_energy", "sample_kappa", "kappa")
+    at = norms.frame.assign(step=norms.frame.step.map(dict(zip(SCHEDULE, steps, strict=False))))
+    kept = at[at.step.notna()].astype({"step": int})
+    gain = np.broadcast_to(np.reshape(kappa, (1, -1, 1)), (len(steps), len(kappa), samples))
+    frames += [kept, sampled("sample_kappa", "skip", gain, first_level=1, steps=steps)]
+    return Evidence("as found", _concat(frames), known)
+
+
 def trace(
     kappa: Sequence[float] = KAPPA,
     *,

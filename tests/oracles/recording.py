@@ -4,9 +4,11 @@ Nothing of the package's taps, probes or reductions is used. Where Eq. 4's tenso
 network is written down here by hand, gradients come from `retain_grad`, and statistics from loops.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -240,7 +242,7 @@ def blocks_at(
 
     The blocks are functions of a batch of any length.
     """
-    a, b, mid, merge = _uvit(net, x, t) if isinstance(net, UViT) else _theory(net)
+    a, b, mid, merge = parts_of(net, x, t)
     blocks: dict[tuple[str, int], tuple[BlockFn, Tensor]] = {}
     u, v = {}, x
     for i, fn in enumerate(a, start=1):
@@ -249,6 +251,7 @@ def blocks_at(
     blocks["mid", 0] = (mid, v)
     z = mid(v)
     for i in range(len(a), 0, -1):
+        blocks["skip", i] = (partial(operator.mul, kappa[i - 1]), u[i])
         merged = merge(z, kappa[i - 1] * u[i])
         blocks["b", i] = (b[i - 1], merged)
         z = b[i - 1](merged)
@@ -256,6 +259,11 @@ def blocks_at(
 
 
 Parts = tuple[list[BlockFn], list[BlockFn], BlockFn, Callable[[Tensor, Tensor], Tensor]]
+
+
+def parts_of(net: nn.Module, x: Tensor, t: Tensor) -> "Parts":
+    """The blocks a_1.., b_1.., the middle, and the merge of z and κu."""
+    return _uvit(net, x, t) if isinstance(net, UViT) else _theory(net)
 
 
 def _theory(net: TheoryUNet) -> Parts:

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from stability_probe import SkipConnection
-from stability_probe.skips import ArgumentTap
+from stability_probe.skips import ArgumentTap, OutputTap
 
 SKIP = SkipConnection(
     level=2,
@@ -12,16 +12,19 @@ SKIP = SkipConnection(
     sink="dec.1",
     merge="add",
     shape=(4, 8, 8),
-    block="dec.1",
+    kappa=1.0,
+    feature=OutputTap("enc.1"),
     skip=ArgumentTap("dec.1", "u"),
     main=ArgumentTap("dec.1", "z"),
     merged=ArgumentTap("dec.1.block", "v"),
+    decoded=OutputTap("dec.1"),
 )
 
 
 def test_as_dict_is_what_the_command_line_prints():
     expected = {
         "level": 2, "source": "enc.1", "sink": "dec.1", "merge": "add", "shape": [4, 8, 8],
+        "kappa": 1.0,
     }  # fmt: skip
     assert json.loads(json.dumps(SKIP.as_dict())) == expected
 
@@ -36,5 +39,6 @@ def test_is_a_value():
 
 def test_repr_shows_what_a_reader_needs():
     assert repr(SKIP) == (
-        "SkipConnection(level=2, source='enc.1', sink='dec.1', merge='add', shape=(4, 8, 8))"
+        "SkipConnection(level=2, source='enc.1', sink='dec.1', merge='add', shape=(4, 8, 8), "
+        "kappa=1.0)"
     )

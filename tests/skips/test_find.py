@@ -5,7 +5,14 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from stability_probe import StabilityProbeError, TheoryUNet, UViT, UViTConfig, find_skips
+from stability_probe import (
+    StabilityProbeError,
+    TheoryUNet,
+    UViT,
+    UViTConfig,
+    choose_skips,
+    find_skips,
+)
 from stability_probe.skips import OutputTap
 from stability_probe.skips.find import evaluating
 from tests.oracles.zoo import ATTENTION, CASES, T, X, hook_count, unet2d
@@ -75,14 +82,8 @@ def test_unet2d_with_attention():
         (5, "down_blocks.1.attentions.0", "up_blocks.0.resnets.1", "concat", (16, 4, 4)),
         (6, "down_blocks.1.attentions.1", "up_blocks.0.resnets.0", "concat", (16, 4, 4)),
     ]
-    assert [s.block for s in skips] == [
-        "up_blocks.1.resnets.2",
-        "up_blocks.1.resnets.1",
-        "up_blocks.1.resnets.0",
-        "up_blocks.0.upsamplers.0",
-        "up_blocks.0.attentions.1",
-        "up_blocks.0.attentions.0",
-    ]
+    assert skips[0].decoded == OutputTap("up_blocks.1")
+    assert [s.main for s in skips[:-1]] == [s.decoded for s in skips[1:]]
 
 
 def test_unet2d_of_three_resolutions():
@@ -125,7 +126,7 @@ def observe(case, model):
 
     for s in skips:
         OutputTap(s.source).attach(model, Keep("source", s.level))
-        OutputTap(s.block).attach(model, Keep("h", s.level - 1))
+        s.decoded.attach(model, Keep("h", s.level - 1))
         for site in ("skip", "main", "merged"):
             getattr(s, site).attach(model, Keep(site, s.level))
     case.run(model)
@@ -152,24 +153,6 @@ def test_output_of_block_i_is_what_merge_i_minus_one_reads(name):
     for s in skips[1:]:
         assert seen["h", s.level - 1].shape == seen["main", s.level - 1].shape
         assert torch.equal(seen["h", s.level - 1], seen["main", s.level - 1])
-
-
-@pytest.mark.parametrize(
-    ("down", "up"),
-    [("SkipDownBlock2D", "SkipUpBlock2D"), ("AttnSkipDownBlock2D", "AttnSkipUpBlock2D")],
-)
-def test_unet2d_of_skip_blocks_is_refused(down, up):
-    """NCSN++: u after a downsampling is the sum of a resnet and a convolution of the image."""
-    model = unet2d(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(32, 32),
-        norm_num_groups=32,
-        down_block_types=(down, down),
-        up_block_types=(up, up),
-    )
-    with pytest.raises(StabilityProbeError, match="carries the image itself along; describe its"):
-        find_skips(model, X.expand(-1, 3, -1, -1), T)
 
 
 # ── the model is left as it was ──────────────────────────────────────────────────────────────────
@@ -236,18 +219,37 @@ def test_a_skip_names_modules_and_does_not_hold_them(case):
     assert pickle.loads(pickle.dumps(skips)) == skips
     assert find_skips(case.build(), *case.args) == skips
     for s in skips:
-        for path in (s.source, s.sink, s.block):
+        for path in (s.source, s.sink):
             model.get_submodule(path)
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(TheoryUNet(m=4, n_skips=1))])
-def test_an_unknown_model_is_refused(model):
-    name = type(model).__name__
+@pytest.mark.parametrize(
+    ("args", "problem"), [((), "needs an example input with a tensor"), ((3,), "got none")]
+)
+def test_without_an_input_there_is_nothing_to_follow(args, problem):
+    with pytest.raises(StabilityProbeError, match=problem):
+        find_skips(nn.Linear(2, 2), *args)
+
+
+def test_an_output_that_the_input_does_not_reach_is_refused():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.ones(2)
+
+    with pytest.raises(StabilityProbeError, match="could not be followed to the output"):
+        find_skips(Constant(), X)
+
+
+def test_a_person_can_choose():
+    model = TheoryUNet(m=64, n_skips=3)
+    every = find_skips(model, X)
+    assert choose_skips([("encoder.*", "decoder.*")], model, X) == every
+    chosen = choose_skips([("encoder.1", "*")], model, X)
+    assert [(s.level, s.source) for s in chosen] == [(1, "encoder.1")]
     with pytest.raises(
-        StabilityProbeError,
-        match=f"cannot tell the long skips of a {name}; it knows TheoryUNet, UViT, UNet2DModel",
+        StabilityProbeError, match=r"no merge from 'encoder.9' into '\*'; there are"
     ):
-        find_skips(model, torch.zeros(1, 4))
+        choose_skips([("encoder.9", "*")], model, X)
 
 
 def test_unet2d_is_that_of_diffusers():

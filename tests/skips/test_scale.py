@@ -16,7 +16,8 @@ from stability_probe import (
     find_skips,
     scale_skips,
 )
-from stability_probe.skips import ArgumentTap
+from stability_probe.skips import ArgumentTap, SCTuner
+from tests.oracles.architectures import ZOO
 from tests.oracles.eq4 import eq4_features
 from tests.oracles.unet2d import unet2d_forward
 from tests.oracles.uvit import uvit_forward
@@ -334,6 +335,133 @@ def test_gates_take_the_type_of_the_model():
     assert case.run(model, *args).dtype == torch.float64
 
 
+# ── any network: taps at function calls, slices, and modules that are called several times ───────
+
+ANY = {
+    name: ZOO[name] for name in ("additive-in-place", "recursive-mlp", "skip-last", "shared-both")
+}
+any_network = pytest.mark.parametrize("entry", ANY.values(), ids=ANY)
+anywhere = pytest.mark.filterwarnings("ignore::stability_probe.skips.SkipWarning")
+
+
+def entry_with_skips(entry):
+    model = entry.build().eval()
+    return model, find_skips(model, *entry.args, **entry.kwargs)
+
+
+@any_network
+@anywhere
+@pytest.mark.parametrize("first", [0, 1], ids=["outer-first", "inner-first"])
+@torch.no_grad()
+def test_two_scalings_of_any_network_come_out_in_any_order(entry, first):
+    model, skips = entry_with_skips(entry)
+    plain = entry.run(model)[0]
+
+    def alone(c):
+        with scale_skips(model, skips, Uniform(c)):
+            return entry.run(model)[0]
+
+    expected = {c: alone(c) for c in (0.5, 0.25, 0.125)}
+    handles = [scale_skips(model, skips, Uniform(c)) for c in (0.5, 0.25)]
+    assert torch.allclose(entry.run(model)[0], expected[0.125])
+    handles[first].remove()
+    assert torch.allclose(entry.run(model)[0], expected[0.25 if first == 0 else 0.5])
+    handles[1 - first].remove()
+    assert torch.equal(entry.run(model)[0], plain)
+    assert hook_count(model) == 0
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@any_network
+@anywhere
+@torch.no_grad()
+def test_a_model_that_a_hook_of_its_own_calls_is_scaled_in_both_passes(entry):
+    model, skips = entry_with_skips(entry)
+    found, sink = [], model.get_submodule(skips[-1].sink)
+    with scale_skips(model, skips, Uniform(0.3)):
+        expected = entry.run(model)[0]
+
+        def call_again(*_):
+            if not found:
+                found.append(None)
+                found.append(entry.run(model)[0])
+
+        hook = sink.register_forward_pre_hook(call_again)
+        outer = entry.run(model)[0]
+        hook.remove()
+    assert torch.equal(found[1], expected)
+    assert torch.equal(outer, expected)
+    assert not torch.allclose(entry.run(model)[0], expected)
+
+
+@any_network
+@anywhere
+@torch.no_grad()
+def test_an_exception_in_any_network_leaves_it_scaled_and_removable(entry):
+    model, skips = entry_with_skips(entry)
+    plain = entry.run(model)[0]
+
+    def fail(*_):
+        raise RuntimeError("in the middle of a pass")
+
+    with scale_skips(model, skips, Uniform(0.3)):
+        expected = entry.run(model)[0]
+        hook = model.get_submodule(skips[0].sink).register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle of a pass"):
+            entry.run(model)
+        hook.remove()
+        assert torch.equal(entry.run(model)[0], expected)
+    assert torch.equal(entry.run(model)[0], plain)
+    assert hook_count(model) == 0
+
+
+@any_network
+@anywhere
+@pytest.mark.parametrize("make", [LearnableScaling, SCTuner])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@torch.no_grad()
+def test_copies_of_any_scaled_network_have_parameters_of_their_own(entry, make, copied):
+    model, skips = entry_with_skips(entry)
+    handle = scale_skips(model, skips, make())
+    randomise(handle.scheme, seed=3)
+    before = entry.run(model)[0]
+    twin = copied(model)
+    handle.remove()
+    assert torch.equal(entry.run(twin)[0], before)
+    assert not torch.allclose(entry.run(model)[0], before)
+    for p in twin.se.parameters():
+        p.add_(1.0)
+    assert not torch.allclose(entry.run(twin)[0], before)
+
+
+@any_network
+@anywhere
+@pytest.mark.parametrize("make", [LearnableScaling, SCTuner])
+@torch.no_grad()
+def test_parameters_of_any_scaled_network_are_saved_with_it(entry, make, tmp_path):
+    outputs = []
+    for seed in (3, 5):
+        model, skips = entry_with_skips(entry)
+        handle = scale_skips(model, skips, make())
+        randomise(handle.scheme, seed=seed)
+        if seed == 3:
+            torch.save(model.state_dict(), tmp_path / "model.pt")
+        outputs.append(entry.run(model)[0])
+    assert not torch.allclose(*outputs)
+    model.load_state_dict(torch.load(tmp_path / "model.pt"), strict=True)
+    assert torch.equal(entry.run(model)[0], outputs[0])
+
+
+def test_tuners_train_with_the_model():
+    model, handle, _ = scaled(CASES["uvit"], SCTuner())
+    before = [p.detach().clone() for p in handle.scheme.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    CASES["uvit"].run(model).square().mean().backward()
+    optimizer.step()
+    pairs = zip(before, handle.scheme.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs)
+
+
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -350,6 +478,13 @@ def test_a_taken_name_is_refused():
     scale_skips(model, skips, LearnableScaling(), name="second")
     scale_skips(model, skips, Uniform(0.5))  # it has no parameters, so it takes no name
     assert hook_count(model) == 3 * len(skips)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "1"])
+def test_a_name_that_is_none_is_refused(name):
+    model = TheoryUNet(m=64, n_skips=1)
+    with pytest.raises(StabilityProbeError, match=f"name must be an identifier, got '{name}'"):
+        scale_skips(model, find_skips(model, X), LearnableScaling(), name=name)
 
 
 @schemes

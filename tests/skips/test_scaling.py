@@ -5,28 +5,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stability_probe import SkipConnection, StabilityProbeError
+from stability_probe import StabilityProbeError
 from stability_probe.skips import (
-    SCHEME_NAMES,
-    ArgumentTap,
     ConstantScaling,
     InverseSqrt2,
     LearnableScaling,
     Scaling,
     Uniform,
     Unscaled,
-    parse_scaling,
 )
+from tests.oracles.skips import skips_of
 
 laws = settings(deadline=None, derandomize=True, max_examples=50)
-
-
-def skips_of(*shapes):
-    tap = ArgumentTap("m", "u")
-    return [
-        SkipConnection(i, f"a{i}", f"b{i}", "concat", shape, f"b{i}", tap, tap, tap)
-        for i, shape in enumerate(shapes, start=1)
-    ]
 
 
 def randn(*shape, seed=0):
@@ -215,67 +205,3 @@ def test_reduction_rejects(reduction):
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "coefficients"),
-    [
-        ("unscaled", Unscaled, [1.0, 1.0]),
-        ("inverse-sqrt2", InverseSqrt2, [2**-0.5] * 2),
-        ("uniform:0.3", Uniform, [0.3, 0.3]),
-        ("uniform:0", Uniform, [0.0, 0.0]),
-        ("cs:0.7", ConstantScaling, [1.0, 0.7]),
-        ("cs:1e-1", ConstantScaling, [1.0, 0.1]),
-        ("ls", LearnableScaling, None),
-        ("ls-non-shared", LearnableScaling, None),
-    ],
-)
-def test_parse(text, kind, coefficients):
-    scheme = parse_scaling(text)
-    assert type(scheme) is kind
-    assert scheme.coefficients(2) == coefficients
-    assert scheme.name == text.replace("1e-1", "0.1")
-    assert parse_scaling(scheme.name).name == scheme.name
-
-
-def test_ls_names_tell_the_two_apart():
-    assert parse_scaling("ls").shared
-    assert not parse_scaling("ls-non-shared").shared
-
-
-def test_every_listed_name_parses():
-    for name in SCHEME_NAMES:
-        parse_scaling(name.replace("KAPPA", "0.5").replace("C", "0.5"))
-
-
-@pytest.mark.parametrize("text", ["", "freedom", "CS:0.5", "ls:3", "unscaled:1", ":0.5", "cs=0.5"])
-def test_parse_rejects_an_unknown_name(text):
-    with pytest.raises(
-        StabilityProbeError, match=f"unknown scheme '{text}'; choose from {', '.join(SCHEME_NAMES)}"
-    ):
-        parse_scaling(text)
-
-
-@pytest.mark.parametrize("name", ["cs", "uniform"])
-@pytest.mark.parametrize("rest", ["", ":", ":x", ":0.5:2", ":0,5"])
-def test_parse_rejects_a_missing_or_broken_number(name, rest):
-    with pytest.raises(
-        StabilityProbeError,
-        match=f"scheme '{name}{rest}': a number must follow '{name}', as in {name}:0.7",
-    ):
-        parse_scaling(name + rest)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("cs:0", r"κ must lie in \(0, 1\], got 0"),
-        ("cs:nan", r"κ must lie in \(0, 1\], got nan"),
-        ("cs:1.5", r"κ must lie in \(0, 1\], got 1.5"),
-        ("uniform:-1", "κ must be a finite number ≥ 0, got -1"),
-        ("uniform:inf", "κ must be a finite number ≥ 0, got inf"),
-    ],
-)
-def test_parse_rejects_a_number_out_of_range(text, message):
-    with pytest.raises(StabilityProbeError, match=message):
-        parse_scaling(text)

@@ -8,7 +8,7 @@ from torch import nn
 
 from stability_probe import StabilityProbeError
 from stability_probe.skips import ArgumentTap, OutputTap, SliceTap, Tap
-from stability_probe.skips.taps import bound_arguments, first_tensor
+from stability_probe.skips.taps import bound_arguments, first_tensor, uncompiled
 from tests.oracles.zoo import hook_count
 
 ONE, TWO = torch.ones(2, 3), torch.full((2, 3), 2.0)
@@ -225,10 +225,11 @@ def test_slice_is_the_leading_part(whole):
     assert torch.equal(seen[0], x[:, :2])
 
 
-def test_slice_can_be_looked_at_only():
+def test_slice_is_replaced_and_the_rest_is_not():
     model = nn.Sequential(nn.Identity())
-    SliceTap(OutputTap("0"), dim=1, length=2).attach(model, times(5))
-    assert torch.equal(model(ONE), ONE)
+    x = torch.ones(2, 3)
+    SliceTap(OutputTap("0"), dim=1, length=1, start=1).attach(model, times(5))
+    assert torch.equal(model(x), torch.tensor([[1.0, 5.0, 1.0]] * 2))
 
 
 # ── order, removal, errors ───────────────────────────────────────────────────────────────────────
@@ -305,3 +306,94 @@ def test_bound_arguments_keep_keyword_only_ones_by_name():
 def test_bound_arguments_refuse_what_the_call_would_refuse():
     with pytest.raises(TypeError, match="unexpected keyword argument 'd'"):
         bound_arguments(Add(), (1, 2), {"d": 3})
+
+
+# ── one of several calls ─────────────────────────────────────────────────────────────────────────
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.add = Add()
+
+    def forward(self, a, b):
+        return torch.stack([self.add(a, b), self.add(a, b)])
+
+
+NUMBERED = [
+    lambda call: OutputTap("add", call),
+    lambda call: ArgumentTap("add", "b", call=call),
+    lambda call: SliceTap(ArgumentTap("add", "b", call=call), 1, 2),
+]
+numbered = pytest.mark.parametrize("make", NUMBERED, ids=["output", "argument", "slice"])
+
+
+@numbered
+@pytest.mark.parametrize("call", [0, 1])
+def test_one_call_is_meant_in_every_pass(make, call):
+    model = Twice()
+    handle = make(call).attach(model, times(0))
+    for _ in range(2):
+        changed = [(part != 21).any().item() for part in model(ONE, TWO)]
+        assert changed == [call == 0, call == 1]
+    handle.remove()
+    assert hook_count(model) == 0
+    assert (model(ONE, TWO) == 21).all()
+
+
+@numbered
+def test_a_call_outside_a_pass_is_an_error(make):
+    model = Twice()
+    make(1).attach(model, times(0))
+    message = "tap on 'add': the module is called several times in a pass, and now outside one"
+    for _ in range(2):
+        with pytest.raises(StabilityProbeError, match=message):
+            model.add(ONE, TWO)
+        model(ONE, TWO)
+
+
+@numbered
+def test_the_count_begins_anew_after_an_exception(make):
+    model = Twice()
+    make(0).attach(model, times(0))
+    expected = model(ONE, TWO)
+    with pytest.raises(TypeError):
+        model(ONE, None)
+    assert torch.equal(model(ONE, TWO), expected)
+
+
+@numbered
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_pass_inside_a_pass_has_a_count_of_its_own(make, call):
+    model, found = Twice(), []
+    make(call).attach(model, times(0))
+    expected = model(ONE, TWO)
+
+    def call_again(*_):
+        if not found:
+            found.append(None)
+            found.append(model(ONE, TWO))
+
+    model.add.register_forward_hook(call_again)
+    assert torch.equal(model(ONE, TWO), expected)
+    assert torch.equal(found[1], expected)
+
+
+def test_an_argument_that_is_not_passed():
+    model = Outer()
+    ArgumentTap("add", "c").attach(model, Recorder())
+    with pytest.raises(StabilityProbeError, match="its argument 'c' was not passed in this call"):
+        model(ONE, TWO)
+
+
+def test_a_scripted_module_takes_no_taps():
+    model = nn.Sequential(torch.jit.script(nn.Linear(3, 3)))
+    for tap in (OutputTap("0"), ArgumentTap("0", "input")):
+        with pytest.raises(StabilityProbeError, match="tap on '0': it is scripted"):
+            tap.attach(model, Recorder())
+
+
+def test_what_torch_compile_returned_is_seen_through():
+    model = nn.Linear(3, 3)
+    assert uncompiled(torch.compile(model, backend="eager")) is model
+    assert uncompiled(model) is model

@@ -1,0 +1,437 @@
+"""The data flow of one forward pass: which function calls the main input goes through, and where.
+
+`trace` runs a model once and returns a `Flow`: a graph whose nodes are the function calls that the
+main input reaches, seen through a `TorchFunctionMode`, in-place ones included. What cannot be seen
+into (a scripted module, a custom kernel) becomes one opaque node. Nothing of the pass is kept but
+the graph: tensors are followed by weak references.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from stability_probe.errors import StabilityProbeError
+from stability_probe.skips.merges import Merge, as_merge, function_name, running, tensors_in
+
+_PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__imul__", "__rmul__"}
+_QUOTIENTS = {"div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__"}
+_NEGATIONS = {"neg", "neg_", "negative", "negative_", "__neg__"}
+_SAME_VALUES = {
+    *("__getitem__", "narrow", "clone", "contiguous", "detach", "to", "float", "type"),
+    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "chunk", "split"),
+}
+"""Functions whose results are their input's values, rearranged or cut."""
+_DESCRIPTIONS = {
+    getattr(Tensor, name) for name in ("shape", "dtype", "device", "_version", "ndim", "is_cuda")
+}
+_LIKE_FIRST = {"type_as", "expand_as", "view_as", "reshape_as", "to"}
+"""Functions that take nothing but type or shape from their later arguments."""
+
+_Given = tuple[Tensor, int | None, int]
+"""A tensor that a function takes, its node, and its version before the call."""
+
+
+@dataclass
+class Node:
+    """A function call that the main input reaches.
+
+    Attributes:
+        index: its number in the order of execution; the main input is 0.
+        function: the function's name.
+        parents: the nodes whose results it takes.
+        carriers: those of them whose content goes on; a product's factor that is further from the
+            input is a gate on the other, not carried.
+        depth: longest path from the input along carriers.
+        call: the module call that it is executed in.
+        shape: the (first) result's shape.
+        parametric: whether a parameter takes part, or its module has parameters of its own.
+        factor: the number that the carrier's values are multiplied by, if that is all it does.
+        merge: what it joins, if it is a merge.
+    """
+
+    index: int
+    function: str
+    parents: frozenset[int]
+    carriers: frozenset[int]
+    depth: int
+    call: int
+    shape: tuple[int, ...]
+    parametric: bool
+    factor: float | None = None
+    merge: "MergeCall | None" = None
+
+
+@dataclass(frozen=True)
+class MergeCall:
+    """What is known of a merge: see `Merge`, and its place among the merges of its module call.
+
+    Attributes:
+        kind: `"concat"` or `"add"`.
+        operands: node (-1: not reached by the main input) and shape of every operand.
+        factors: what the call itself multiplies each of them by.
+        dim: the dimension of a concatenation.
+        line: the line in the `forward` of the module that makes it, or 0 if it is not known.
+        ordinal: how many merges of this kind come before it on the same line of the same call.
+    """
+
+    kind: Literal["concat", "add"]
+    operands: tuple[tuple[int, tuple[int, ...]], ...]
+    factors: tuple[float, ...]
+    dim: int
+    line: int
+    ordinal: int
+
+
+@dataclass
+class Call:
+    """A call of a module.
+
+    Attributes:
+        index: its number; 0 is the model's own.
+        path: the module's dotted path.
+        type_name: the module's class.
+        parent: the call around it.
+        number: how many calls of the same module came before it.
+        entered: how many nodes there were when it began.
+        left: how many when it ended.
+        arguments: the node that every argument holds, by name and, in a tuple, by place from its
+            end.
+        outputs: the nodes of the tensors that it returned; -1 where the input does not reach.
+    """
+
+    index: int
+    path: str
+    type_name: str
+    parent: int
+    number: int
+    entered: int
+    left: int = 0
+    arguments: dict[tuple[str, int | None], int] = field(default_factory=dict)
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Flow:
+    """The data flow of a forward pass.
+
+    Attributes:
+        nodes: the function calls, in the order of execution.
+        calls: the module calls likewise.
+        ancestors: for each node a bit set of the nodes that it depends on, itself included.
+        carried: the same along carriers alone.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    ancestors: list[int] = field(default_factory=list)
+    carried: list[int] = field(default_factory=list)
+
+    def add(self, **about: Any) -> int:
+        """Append a node."""
+        node = Node(index=len(self.nodes), **about)
+        self.nodes.append(node)
+        for sets, parents in ((self.ancestors, node.parents), (self.carried, node.carriers)):
+            bits = 1 << node.index
+            for parent in parents:
+                bits |= sets[parent]
+            sets.append(bits)
+        return node.index
+
+    def depends(self, node: int, on: int) -> bool:
+        """Whether a node depends on another, or is it."""
+        return bool(self.ancestors[node] >> on & 1)
+
+    def carries(self, node: int, content_of: int) -> bool:
+        """Whether a node carries the content of another on, or is it."""
+        return bool(self.carried[node] >> content_of & 1)
+
+    def within(self, call: int, outer: int) -> bool:
+        """Whether a call is another or inside it."""
+        while call > outer:
+            call = self.calls[call].parent
+        return call == outer
+
+
+def trace(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Flow:
+    """Run a model once and follow its main input, the first tensor of the arguments.
+
+    Raises:
+        StabilityProbeError: if no argument is a floating-point tensor.
+    """
+    x = next(tensors_in((args, kwargs)), None)
+    if x is None:
+        raise StabilityProbeError(
+            f"find_skips: {type(model).__name__} needs an example input with a tensor in it, "
+            "as in find_skips(model, x, t); got none"
+        )
+    tracer = _Tracer(model)
+    with torch.no_grad(), tracer.watching(x):
+        model(*args, **kwargs)
+    return tracer.flow
+
+
+class _Tracer(TorchFunctionMode):
+    """Builds a `Flow` from the function calls and module calls of a forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.flow = Flow()
+        self._node_of = WeakTensorKeyDictionary()  # tensor to (node, version)
+        self._written: dict[int, tuple[StorageWeakRef, int]] = {}  # storage to its last writer
+        self._open: list[int] = []
+        self._calls_of: dict[str, int] = {}
+        self._merges: dict[tuple[int, str, int], int] = {}
+        self._functions = 0
+        self._functions_before: list[int] = []
+
+    @contextmanager
+    def watching(self, x: Tensor) -> Iterator[None]:
+        """Follow `x` through everything that runs in the block."""
+        with ExitStack() as stack:
+            modules = dict(self.model.named_modules())
+            scripted: dict[nn.Module, str] = {
+                m: path for path, m in modules.items() if isinstance(m, torch.jit.ScriptModule)
+            }
+            self._watch_scripted(scripted, stack)
+            for path, module in modules.items():
+                if module in scripted:
+                    continue
+                enter, leave = partial(self._enter, path), self._leave
+                hooks = (
+                    module.register_forward_pre_hook(enter, with_kwargs=True),
+                    module.register_forward_hook(leave, always_call=True),
+                )
+                for hook in hooks:
+                    stack.callback(hook.remove)
+            self._start(x)
+            stack.enter_context(self)
+            yield
+
+    def _watch_scripted(self, path_of: Mapping[nn.Module, str], stack: ExitStack) -> None:
+        """Follow the calls of scripted modules, which take no hooks, by hooks on every module."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if module in path_of:
+                self._enter(path_of[module], module, args, {})
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if module in path_of:
+                self._leave(module, args, output)
+
+        if path_of:
+            stack.callback(register_module_forward_pre_hook(enter).remove)
+            stack.callback(register_module_forward_hook(leave, always_call=True).remove)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function, and note it if it takes something that the main input reached."""
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if not self._open or (name == "__get__" and func.__self__ in _DESCRIPTIONS):
+            return func(*args, **kwargs)
+        self._functions += 1
+        merge = as_merge(func, args, kwargs)
+        place = (
+            self._place(merge) if merge else None
+        )  # numbered whether the input reaches it or not
+        given = [(t, self._find(t), _version(t)) for t in tensors_in((args, kwargs))]
+        result = func(*args, **kwargs)
+        if name in _LIKE_FIRST:
+            given = given[:1]
+        if all(node is None for _, node, _ in given) or _takes_no_values(name):
+            return result
+        written = [t for t, _, version in given if version != _version(t)]
+        made = [t for t in tensors_in(result) if not any(t is old for old, _, _ in given)]
+        if written or made:
+            joined = _describe(merge, given, place) if merge and place else None
+            factor = _factor(name, args, kwargs)
+            self._note(name, factor, given, (*written, *made), joined)
+        return result
+
+    def _start(self, x: Tensor) -> None:
+        self.flow.add(
+            function="input", parents=frozenset(), carriers=frozenset(), depth=0, call=0,
+            shape=tuple(x.shape), parametric=False,
+        )  # fmt: skip
+        self._node_of[x] = (0, _version(x))
+
+    def _note(
+        self,
+        name: str,
+        factor: float | None,
+        given: list[_Given],
+        results: tuple[Tensor, ...],
+        merge: "MergeCall | None",
+    ) -> None:
+        """Add the node of a function call, and let its results point to it."""
+        parents = {node for _, node, _ in given if node is not None}
+        own = any(True for _ in self._module(self._open[-1]).parameters(recurse=False))
+        parametric = own or any(isinstance(t, nn.Parameter) for t, _, _ in given)
+        index = self._add(
+            name,
+            parents,
+            results[0],
+            parametric=parametric,
+            factor=factor,
+            merge=merge,
+        )
+        for t in results:
+            self._point(t, index, written=any(t is old for old, _, _ in given))
+
+    def _add(self, name: str, parents: set[int], result: Tensor, **about: Any) -> int:
+        depths = {parent: self.flow.nodes[parent].depth for parent in parents}
+        least = min(depths.values()) if name in _PRODUCTS else -1
+        carriers = frozenset(p for p, depth in depths.items() if least in (-1, depth))
+        depth = 1 + max(depths[parent] for parent in carriers)
+        return self.flow.add(
+            function=name, parents=frozenset(parents), carriers=carriers, depth=depth,
+            call=self._open[-1], shape=tuple(result.shape), **about,
+        )  # fmt: skip
+
+    def _place(self, merge: Merge) -> tuple[int, int]:
+        """The line of a merge, and its number on that line in this call."""
+        line = running(sys._getframe(2))[1]
+        key = (self._open[-1], merge.kind, line)
+        self._merges[key] = self._merges.get(key, -1) + 1
+        return line, self._merges[key]
+
+    def _point(self, tensor: Tensor, node: int, *, written: bool) -> None:
+        self._node_of[tensor] = (node, _version(tensor))
+        if written:
+            reference = StorageWeakRef(tensor.untyped_storage())
+            self._written[reference.cdata] = (reference, node)
+
+    def _find(self, tensor: Tensor) -> int | None:
+        """The node whose result a tensor holds now; it may have been written through another."""
+        known: tuple[int | None, int] = self._node_of.get(tensor, (None, 0))
+        node, version = known
+        if node is not None and version == _version(tensor):
+            return node
+        try:
+            storage = tensor.untyped_storage()._cdata
+        except (NotImplementedError, RuntimeError):  # sparse tensors have none
+            return node
+        reference, writer = self._written.get(storage, (None, None))
+        alive = reference is not None and not reference.expired()
+        found: int | None = writer if alive else node
+        return found
+
+    def _module(self, call: int) -> nn.Module:
+        return self.model.get_submodule(self.flow.calls[call].path)
+
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = Call(
+            index=len(self.flow.calls),
+            path=path,
+            type_name=_type_name(module),
+            parent=self._open[-1] if self._open else -1,
+            number=self._calls_of.get(path, 0),
+            entered=len(self.flow.nodes),
+        )
+        self._calls_of[path] = call.number + 1
+        call.arguments = {
+            place: node
+            for place, value in _arguments(module, args, kwargs)
+            if isinstance(value, Tensor) and (node := self._find(value)) is not None
+        }
+        self.flow.calls.append(call)
+        self._open.append(call.index)
+        self._functions_before.append(self._functions)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = self.flow.calls[self._open[-1]]
+        saw_nothing = self._functions == self._functions_before.pop()  # what follows is seen too
+        results = list(tensors_in(output))
+        unseen = [t for t in results if self._find(t) is None and t.is_floating_point()]
+        given = (self._find(t) for t in tensors_in(args))
+        parents = {*call.arguments.values(), *(node for node in given if node is not None)}
+        if parents and unseen and saw_nothing:
+            node = self._add("opaque", parents, unseen[0], parametric=True)
+            for t in unseen:
+                self._point(t, node, written=False)
+        nodes = [self._find(t) for t in results]
+        call.outputs = [-1 if node is None else node for node in nodes]
+        call.left = len(self.flow.nodes)
+        self._open.pop()
+
+
+def _arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, int | None], Any]]:
+    """The arguments of a call by name; items of a tuple or list by their place from its end."""
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return
+    kinds = bound.signature.parameters
+    for name, value in bound.arguments.items():
+        if kinds[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            continue
+        yield (name, None), value
+        if isinstance(value, tuple | list):
+            for place, item in enumerate(value):
+                yield (name, place - len(value)), item
+
+
+def _type_name(module: nn.Module) -> str:
+    """The class of a module, also of one that comes from an exported graph."""
+    original: Callable[[], str] | None = getattr(module, "type_name", None)
+    if callable(original):
+        return str(original())
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _describe(merge: Merge, given: list[_Given], place: tuple[int, int]) -> "MergeCall":
+    node_of = {id(t): -1 if node is None else node for t, node, _ in given}
+    operands = tuple((node_of[id(t)], tuple(t.shape)) for t in merge.operands)
+    return MergeCall(merge.kind, operands, merge.factors, merge.dim, *place)
+
+
+def _factor(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+    """What a function multiplies its one carried operand by, if it does nothing else."""
+    if name == "pad":
+        return 1.0 if _pads_with_zeros(*args, **kwargs) else None
+    if name in _SAME_VALUES:
+        return 1.0
+    if name in _NEGATIONS:
+        return -1.0
+    if name not in _PRODUCTS | _QUOTIENTS or len(args) != 2 or kwargs:
+        return None
+    numbers = [v for v in args if isinstance(v, int | float) or v.numel() == 1]
+    if len(numbers) != 1 or (name in _QUOTIENTS and numbers[0] is not args[1]):
+        return None
+    number = float(numbers[0])
+    if name in _PRODUCTS:
+        return number
+    return 1 / number if number else None
+
+
+def _pads_with_zeros(
+    input: Any, pad: Any, mode: str = "constant", value: float | None = None
+) -> bool:
+    return mode == "constant" and not value
+
+
+def _takes_no_values(name: str) -> bool:
+    """Whether a function takes only shape and type from its tensors."""
+    return name.endswith("_like") or name.startswith("new_") or name in ("size", "dim", "numel")
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
