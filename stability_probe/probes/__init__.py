@@ -1,6 +1,7 @@
 """Recording: one recorder, one file a quantity."""
 
 from stability_probe.probes.batch import ProbeBatch, per_sample_mse
+from stability_probe.probes.counterfactual import counterfactual_energies
 from stability_probe.probes.probe import ProbeConfig, StabilityProbe
 from stability_probe.probes.records import COLUMNS, Key
 from stability_probe.probes.sensitivity import SensitivityConfig, SensitivityProbe
@@ -13,5 +14,6 @@ __all__ = [
     "SensitivityConfig",
     "SensitivityProbe",
     "StabilityProbe",
+    "counterfactual_energies",
     "per_sample_mse",
 ]

@@ -16,10 +16,18 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 def per_sample_mse(output: Tensor, target: Tensor) -> Float[Tensor, " batch"]:
     """Mean squared error of every sample.
 
+    Raises:
+        StabilityProbeError: if the shapes differ.
+
     >>> import torch
     >>> per_sample_mse(torch.ones(2, 4), torch.zeros(2, 4)).tolist()
     [1.0, 1.0]
     """
+    if output.shape != target.shape:
+        raise StabilityProbeError(
+            f"the output is {tuple(output.shape)} and the target {tuple(target.shape)}: they have "
+            "to be of one shape for a mean squared error; leave the target away"
+        )
     return (output - target).flatten(1).square().mean(dim=1)
 
 
@@ -33,6 +41,10 @@ class ProbeBatch:
         target: what the output is compared with, or `None` if per-sample gradients are not wanted.
         loss_fn: (output, target) to one loss a sample.
         sensitive: how many leading samples the (dearer) Jacobian norms are taken on.
+        per_frame: names of arguments whose tensors have several rows a sample, one after the other:
+            what a network of videos takes once a frame.
+        whole: whether the network takes batches of just this size, so that no fewer samples can be
+            measured.
 
     Raises:
         StabilityProbeError: if there is no sample.
@@ -43,6 +55,8 @@ class ProbeBatch:
     target: Tensor | None = None
     loss_fn: LossFn = per_sample_mse
     sensitive: int = 8
+    per_frame: frozenset[str] = frozenset()
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if not self.args or not isinstance(self.args[0], Tensor) or not self.args[0].numel():
@@ -92,19 +106,33 @@ class ProbeBatch:
         return self.map(lambda _: next(left))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "ProbeBatch":
-        """The batch with `fn` applied to every batched tensor."""
+        """The batch with `fn` applied to every batched tensor, in nested arguments too."""
 
         def apply(value: Any) -> Any:
-            batched = isinstance(value, Tensor) and value.ndim and len(value) == len(self.x)
-            return fn(value) if batched else value
+            if isinstance(value, Tensor):
+                return fn(value) if value.ndim and len(value) == len(self.x) else value
+            if isinstance(value, dict):
+                return {name: apply(item) for name, item in value.items()}
+            if type(value) in (tuple, list):
+                return type(value)(map(apply, value))
+            return value
+
+        def by_name(name: str, value: Any) -> Any:
+            if name not in self.per_frame:
+                return apply(value)
+            return fn(value.unflatten(0, (len(self.x), -1))).flatten(0, 1)
 
         return replace(
             self,
             args=tuple(map(apply, self.args)),
-            kwargs={name: apply(value) for name, value in self.kwargs.items()},
+            kwargs={name: by_name(name, value) for name, value in self.kwargs.items()},
             target=apply(self.target),
         )
 
     def head(self, n: int) -> "ProbeBatch":
-        """A copy of the first n samples."""
-        return self.map(lambda tensor: tensor[:n].detach().clone())
+        """A copy of the first n samples, or of all if the network needs them."""
+        return self.samples(slice(len(self.x) if self.whole else n))
+
+    def samples(self, which: slice) -> "ProbeBatch":
+        """A copy of some samples."""
+        return self.map(lambda tensor: tensor[which].detach().clone())

@@ -21,13 +21,17 @@ Site = tuple[str, int]
 """A quantity of Eq. 4: its name and its level."""
 
 
-def sample_energy(tensor: Tensor) -> Float[Tensor, " batch"]:
+def sample_energy(tensor: Tensor, samples: int | None = None) -> Float[Tensor, " batch"]:
     """‖v_s‖² of every sample s of a batch, accumulated in float32 at least.
+
+    Args:
+        tensor: (batch, ...).
+        samples: how many samples the first dimension holds, if each takes several entries of it.
 
     >>> sample_energy(torch.ones(2, 3, 4)).tolist()
     [12.0, 12.0]
     """
-    flat = tensor.detach().flatten(1)
+    flat = tensor.detach().reshape(len(tensor) if samples is None else samples, -1)
     dtype = torch.promote_types(flat.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     return norm.square()
@@ -88,9 +92,8 @@ class FeatureProbe:
         for s in self.skips:
             watch(s.skip, "u", s.level, grad=True, first=True)  # before any scaling
             watch(s.skip, "ku", s.level)  # after it
-            watch(s.main, "z", s.level)
             watch(s.merged, "merged", s.level)
-            watch(OutputTap(s.block), "h", s.level - 1, grad=True)
+            watch(s.decoded, "h", s.level - 1, grad=True)
         if self.skips:
             watch(self.skips[-1].main, "h", len(self.skips), grad=True)
         watch(OutputTap(""), "output", 0)
@@ -102,6 +105,7 @@ class FeatureProbe:
             grad_scale: what the loss was multiplied by before the backward pass.
         """
         energy = {site: torch.cat(parts) for site, parts in self.energy.items()}
+        energy |= {("z", i): e for (site, i), e in energy.items() if site == "h" and i > 0}
         found = {Key("energy", site, level, ""): e for (site, level), e in energy.items()}
         for s in self.skips:
             i = s.level
@@ -154,4 +158,4 @@ class _Observer:
         self.probe.seconds += time.perf_counter() - started
 
     def _part(self, tensor: Tensor) -> Tensor:
-        return tensor.narrow(self.cut.dim, 0, self.cut.length) if self.cut else tensor
+        return self.cut.cut(tensor) if self.cut else tensor

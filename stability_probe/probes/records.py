@@ -14,10 +14,13 @@
 | `secant_mean` | `eps=r` | 0 | `s0` ... | mean ‖Δout‖/ε over the same directions |
 | `sigma_max` | `J` | 0 | `s0` ... | σ_max of the Jacobian |
 | `sigma_max_residual` | `J` | 0 | `s0` ... | residual norm of that estimate |
-| `lipschitz` | `a` `b` `mid` | i | `s0` ... | the block's Jacobian norm at the sample |
+| `lipschitz` | `a` `b` `mid` `skip` | i | `s0` ... | Jacobian norm of a block or a skip |
+| `path` | `skip` `mid` `around` | i | `s0` ... | κ_i‖P_i‖, ‖P_mid‖, norm of paths around |
+| `path_gap` | `J` | 0 | `s0` ... | ‖(J − all paths)ᵀw‖/‖Jᵀw‖ for a random w |
 | `sample_loss` | `loss` | 0 | `s0` ... | ℓ_s |
 | `sample_energy` | `x` `h` | i | `s0` ... | ‖x_t‖², ‖h_i‖² on the probe batch |
 | `sample_kappa` | `skip` | i | `s0` ... | measured gain ‖κu‖/‖u‖ on the probe batch |
+| `counterfactual_energy` | `s=r` | i | `s0` ... | ‖h_i‖² with all κ multiplied by r |
 | `sample_grad_energy` | `a` `b` | i | `s0` ... | largest ‖∇W_p ℓ_s‖² over the block's weights |
 
 h_0 is the output of the last decoder block, as h_i is of the others; `output` is what the network

@@ -3,15 +3,21 @@ r"""Measurements on a fixed batch of inputs, taken at scheduled steps.
 * **secants**: ‖UNet(x + δ) − UNet(x)‖/ε_δ, the largest over random directions, at several ε_δ;
 * **σ_max(J)** of the network's Jacobian, to which secants tend from below as ε_δ → 0;
 * **Lipschitz constants at the point**: the Jacobian norms of every block a_i, b_i and the middle,
-  from which Theorem 3.4's bound is built (a_1 includes the input layers, b_1 the output layers);
+  from which Theorem 3.4's bound is built (a_1 includes the input layers, b_1 the output layers),
+  and of every skip, from the encoder's feature to κ_i u_i: |κ_i| where κ_i is a constant and
+  nothing else is done to the feature on its way;
+* **paths** (if asked for): κ_i‖P_i‖ and ‖P_mid‖, the norms of the paths through each skip and
+  through the middle. κ_i P_i is the product ∂output/∂(κ_i u_i) · ∂(κ_i u_i)/∂x, whose factors leave
+  all other paths out by themselves. Paths around all of them, as that of a global residual, are
+  measured with every skip and the middle cut. What still misses from J is recorded as well: it is
+  not zero where a skip's gate looks at the decoder, so that two paths share a way;
 * **per-sample gradients**: ℓ_s and ‖∇_W ℓ_s‖² for Theorem 3.3, with the energies of x_t and h_i.
 
 The model runs in evaluation mode, so that samples do not interact and nothing random is drawn;
 its modes, gradients, buffers and the global random state are left as they were.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.batch import ProbeBatch
 from stability_probe.probes.features import Site, sample_energy
+from stability_probe.probes.graph import feature_graph
 from stability_probe.probes.records import Key
-from stability_probe.skips import Block, OutputTap, SkipConnection
+from stability_probe.skips import Block, SkipConnection
 from stability_probe.skips.find import evaluating
 from stability_probe.theory import SpectralNorm, jacobian_norm
 
@@ -39,7 +46,10 @@ class SensitivityConfig:
         block_rtol: the same for the blocks; their residuals are added, which covers the estimate's
             own error.
         max_products: most products with a Jacobian and its transpose for one norm.
-        chunk: samples whose gradients are held at once.
+        chunk: samples whose gradients are held at once; 0 takes one sample after the other without
+            `torch.vmap`, which not every network can be put through.
+        paths: also measure the norms of the paths through every skip, through the middle and around
+            them, at N + 2 more norms of the whole network.
 
     Raises:
         StabilityProbeError: if a number is not positive or there is no ε.
@@ -51,16 +61,17 @@ class SensitivityConfig:
     block_rtol: float = 5e-3
     max_products: int = 60
     chunk: int = 32
+    paths: bool = False
 
     def __post_init__(self) -> None:
         if not self.epsilons or min(self.epsilons) <= 0:
             raise StabilityProbeError(
                 f"SensitivityConfig: epsilons must be positive fractions, got {self.epsilons}"
             )
-        for name in ("directions", "max_products", "chunk"):
-            if getattr(self, name) < 1:
+        for name, least in (("directions", 1), ("max_products", 1), ("chunk", 0)):
+            if getattr(self, name) < least:
                 raise StabilityProbeError(
-                    f"SensitivityConfig: {name} must be at least 1, got {getattr(self, name)}"
+                    f"SensitivityConfig: {name} must be at least {least}, got {getattr(self, name)}"
                 )
 
 
@@ -120,15 +131,14 @@ class SensitivityProbe:
         return found
 
     def jacobian_norms(self, batch: ProbeBatch, generator: torch.Generator) -> dict[Key, Tensor]:
-        """σ_max(J), and the norm of every block's own Jacobian, from one graph."""
-        with torch.enable_grad():
-            nodes = self._graph(batch)
-            n = len(self.skips)
+        """σ_max(J), and the norms of every block's and path's Jacobian, from one graph."""
+        with torch.enable_grad(), feature_graph(self.model, self.skips, batch) as nodes:
 
-            def norm(out: Site, into: Site, rtol: float) -> SpectralNorm:
+            def norm(out: Site, into: Site, rtol: float, via: Site | None = None) -> SpectralNorm:
+                through = nodes[via] if via else None
                 return jacobian_norm(
-                    nodes[out], nodes[into], generator=generator, rtol=rtol,
-                    max_products=self.config.max_products,
+                    nodes[out], nodes[into], via=through, samples=len(batch.x), rtol=rtol,
+                    generator=generator, max_products=self.config.max_products,
                 )  # fmt: skip
 
             whole = norm(("output", 0), ("x", 0), self.config.rtol)
@@ -136,51 +146,89 @@ class SensitivityProbe:
                 Key("sigma_max", "J", 0, ""): whole.value,
                 Key("sigma_max_residual", "J", 0, ""): whole.residual,
             }
-            edges = [(Key("lipschitz", "mid", 0, ""), ("z", n), ("u", n))] if n else []
-            for i in range(1, n + 1):
-                before = ("x", 0) if i == 1 else ("u", i - 1)
-                after = ("output", 0) if i == 1 else ("z", i - 1)
-                edges.append((Key("lipschitz", "a", i, ""), ("u", i), before))
-                edges.append((Key("lipschitz", "b", i, ""), after, ("merged", i)))
-            for key, out, into in edges:
-                block = norm(out, into, self.config.block_rtol)
-                found[key] = block.value + block.residual
+            for key, out, into, via in self._parts():
+                part = norm(out, into, self.config.block_rtol, via)
+                found[key] = part.value + part.residual
+            if self.config.paths and self.skips:
+                found |= self._other_paths(nodes, batch, generator)
         return found
+
+    def _parts(self) -> Iterator[tuple[Key, Site, Site, Site | None]]:
+        """The parts of the network that have norms of their own: key, output, input, and via."""
+        n = len(self.skips)
+        x, out = ("x", 0), ("output", 0)
+        if n:
+            yield Key("lipschitz", "mid", 0, ""), ("z", n), ("f", n), None
+        for i in range(1, n + 1):
+            before = x if i == 1 else ("f", i - 1)
+            after = out if i == 1 else ("z", i - 1)
+            yield Key("lipschitz", "a", i, ""), ("f", i), before, None
+            yield Key("lipschitz", "skip", i, ""), ("ku", i), ("f", i), None
+            yield Key("lipschitz", "b", i, ""), after, ("merged", i), None
+        if self.config.paths:
+            for path in self._paths():
+                yield path, out, x, _via(path, n)
+
+    def _paths(self) -> list[Key]:
+        """The paths of Eq. 4: through every skip, and through the middle."""
+        if not self.skips:
+            return []
+        return [Key("path", "skip", s.level, "") for s in self.skips] + [Key("path", "mid", 0, "")]
+
+    def _other_paths(
+        self, nodes: Mapping[Site, Tensor], batch: ProbeBatch, generator: torch.Generator
+    ) -> dict[Key, Tensor]:
+        """Norm of the paths that Eq. 4 has not, and how far all paths together are from J."""
+        x, out = nodes["x", 0], nodes["output", 0]
+        n, samples = len(self.skips), len(batch.x)
+        w = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device)
+
+        def pull(later: Tensor, earlier: Tensor, w: Tensor) -> Tensor:
+            return torch.autograd.grad(later, earlier, w, retain_graph=True)[0]
+
+        total = pull(out, x, w)
+        gap = total.clone()
+        for path in self._paths():
+            via = nodes[_via(path, n)]
+            gap -= pull(via, x, pull(out, via, w))
+        around = torch.zeros(samples, dtype=out.dtype, device=out.device)
+        with feature_graph(self.model, self.skips, batch, cut=True) as cut:
+            x, out = cut["x", 0], cut["output", 0]
+            rest = pull(out, x, w) if out.requires_grad else torch.zeros_like(x)
+            if rest.any():
+                gap -= rest
+                found = jacobian_norm(
+                    out, x, generator=generator, samples=samples, rtol=self.config.block_rtol,
+                    max_products=self.config.max_products,
+                )  # fmt: skip
+                around = found.value + found.residual
+        missing = (sample_energy(gap) / sample_energy(total)).sqrt()
+        return {Key("path", "around", 0, ""): around, Key("path_gap", "J", 0, ""): missing}
 
     @torch.no_grad()
     def sample_energies(self) -> dict[Key, Tensor]:
         """‖x_t‖², ‖h_i‖² and the gains κ_i of every sample."""
-        nodes = self._graph(self.batch)
-        found = {Key("sample_energy", "x", 0, ""): sample_energy(self.batch.x)}
-        for (site, level), tensor in nodes.items():
-            if site == "h":
-                found[Key("sample_energy", "h", level, "")] = sample_energy(tensor)
+        with feature_graph(self.model, self.skips, self.batch) as nodes:
+            energies = {site: sample_energy(v, len(self.batch.x)) for site, v in nodes.items()}
+        found = {Key("sample_energy", "x", 0, ""): energies["x", 0]}
+        for i in range(len(self.skips) + 1 if self.skips else 0):
+            found[Key("sample_energy", "h", i, "")] = energies["h", i]
         for s in self.skips:
-            gain = sample_energy(nodes["ku", s.level]) / sample_energy(nodes["u", s.level])
+            gain = energies["ku", s.level] / energies["u", s.level]
             found[Key("sample_kappa", "skip", s.level, "")] = gain.sqrt()
         return found
 
     def sample_gradients(self) -> dict[Key, Tensor]:
         """ℓ_s, and for every block a_i, b_i the largest ‖∇_W ℓ_s‖² over its weight matrices W."""
-        frozen = {name: p.detach() for name, p in self.model.named_parameters()}
-        weights = {
-            name: frozen[name]
+        names = [
+            name
             for name, p in self.model.named_parameters()
             if p.requires_grad and p.ndim > 1 and self.blocks[name].kind in ("a", "b")
-        }
-        if not weights:
+        ]
+        if not names:
             return {}
-
-        def loss(weights: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
-            one = self.batch.with_tensors([tensor[None] for tensor in sample])
-            all_of_them = {**frozen, **weights}
-            return one.losses(lambda *a, **kw: functional_call(self.model, all_of_them, a, kw))[0]
-
-        def energies(sample: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-            grads, value = grad_and_value(loss)(weights, sample)
-            return {name: g.square().sum() for name, g in grads.items()}, value
-
-        per_weight, losses = vmap(energies, chunk_size=self.config.chunk)(self.batch.tensors())
+        measure = self._gradients_together if self.config.chunk else self._gradients_in_turn
+        per_weight, losses = measure(names)
         found = {Key("sample_loss", "loss", 0, ""): losses}
         for name, energy in per_weight.items():
             block = self.blocks[name]
@@ -188,32 +236,42 @@ class SensitivityProbe:
             found[key] = torch.maximum(found[key], energy) if key in found else energy
         return found
 
-    def _graph(self, batch: ProbeBatch) -> dict[Site, Tensor]:
-        """Run the network and keep the tensors between its blocks, by their names in Eq. 4."""
-        nodes: dict[Site, Tensor] = {}
+    def _gradients_together(self, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """‖∇_W ℓ_s‖² of every weight, and ℓ_s, a chunk of samples at a time."""
+        frozen = {name: p.detach() for name, p in self.model.named_parameters()}
 
-        def keep(site: Site) -> Callable[[Tensor], None]:
-            def fn(tensor: Tensor) -> None:
-                nodes[site] = tensor
+        def loss(weights: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
+            one = self.batch.with_tensors([tensor[None] for tensor in sample])
+            all_of_them = {**frozen, **weights}
+            return one.losses(lambda *a, **kw: functional_call(self.model, all_of_them, a, kw))[0]
 
-            return fn
+        def energies(sample: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+            weights = {name: frozen[name] for name in names}
+            grads, value = grad_and_value(loss)(weights, sample)
+            return {name: g.square().sum() for name, g in grads.items()}, value
 
-        with ExitStack() as stack:
-            for s in self.skips:
-                taps = (
-                    (s.skip, ("u", s.level)),
-                    (s.skip, ("ku", s.level)),
-                    (s.main, ("z", s.level)),
-                    (s.merged, ("merged", s.level)),
-                    (OutputTap(s.block), ("h", s.level - 1)),
-                )
-                for tap, site in taps:
-                    first = site[0] == "u"  # before any scaling
-                    stack.callback(tap.attach(self.model, keep(site), first=first).remove)
-            x = batch.x.detach().requires_grad_(torch.is_grad_enabled())
-            frozen = {name: p.detach() for name, p in self.model.named_parameters()}
-            out = batch.call(lambda *args, **kw: functional_call(self.model, frozen, args, kw), x)
-        n = len(self.skips)
-        if n:
-            nodes["h", n] = nodes["z", n]
-        return {**nodes, ("x", 0): x, ("output", 0): out}
+        found: tuple[dict[str, Tensor], Tensor] = vmap(energies, chunk_size=self.config.chunk)(
+            self.batch.tensors()
+        )
+        return found
+
+    def _gradients_in_turn(self, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """The same, one sample after the other."""
+        parameters = dict(self.model.named_parameters())
+        weights = [parameters[name] for name in names]
+        rows: list[Tensor] = []
+        losses: list[Tensor] = []
+        for s in range(len(self.batch.x)):
+            alone = self.batch if self.batch.whole else self.batch.samples(slice(s, s + 1))
+            with torch.enable_grad():
+                loss = alone.losses(self.model)[s if self.batch.whole else 0]
+                grads = torch.autograd.grad(loss, weights, allow_unused=True)
+            nothing = loss.new_zeros(())
+            rows.append(torch.stack([nothing if g is None else g.square().sum() for g in grads]))
+            losses.append(loss.detach())
+        return dict(zip(names, torch.stack(rows, dim=1), strict=True)), torch.stack(losses)
+
+
+def _via(path: Key, n_skips: int) -> Site:
+    """The tensor that everything on a path passes, and nothing else."""
+    return ("ku", path.level) if path.site == "skip" else ("z", n_skips)

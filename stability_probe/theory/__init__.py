@@ -15,6 +15,7 @@ from stability_probe.theory.huang2023_input import input_energy
 from stability_probe.theory.huang2023_robustness import (
     blockwise_bound,
     max_block_gain,
+    pathwise_bound,
     robustness_bound,
 )
 from stability_probe.theory.spectral import SpectralNorm, golub_kahan_norm, jacobian_norm
@@ -30,6 +31,7 @@ __all__ = [
     "input_energy",
     "jacobian_norm",
     "max_block_gain",
+    "pathwise_bound",
     "robustness_bound",
     "skip_energy_sum",
 ]

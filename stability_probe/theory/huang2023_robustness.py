@@ -13,6 +13,14 @@ the middle. Keeping each block's own constant is never looser:
 
 $$\sum_i\kappa_i\prod_{k\le i}Lip(a_k)Lip(b_k) + L_0\prod_{k \le N}Lip(a_k)Lip(b_k).$$
 
+Tighter than any product of blocks is the norm of the whole path (derived). The Jacobian is linear
+in the paths from input to output, $J = \sum_i \kappa_i P_i + P_{mid}$, with $P_i$ the Jacobian of
+$x \to a_1..a_i \to$ skip $i \to b_i..b_1$, so that
+
+$$\sigma_{\max}(J) \le \sum_i \kappa_i\|P_i\| + \|P_{mid}\|,$$
+
+and $\kappa_i\|P_i\|$ says which skip carries the sensitivity.
+
 With the constants taken as the norms of the blocks' Jacobians *at a point*, both bound
 $\sigma_{\max}(J)$ at that point, and so the limit of $\|\Delta out\| / \epsilon_\delta$ as
 $\epsilon_\delta \to 0$.
@@ -77,6 +85,22 @@ def blockwise_bound(
     weights = np.asarray(kappa, float)
     weights = weights.reshape(weights.shape + (1,) * (paths.ndim - weights.ndim))
     return np.asarray((weights * paths).sum(axis=0) + paths[-1] * np.asarray(l0, float))
+
+
+def pathwise_bound(
+    path_norms: Sequence[float] | np.ndarray, middle_norm: float | np.ndarray
+) -> np.ndarray:
+    r"""$\sum_i\kappa_i\|P_i\| + \|P_{mid}\|$, the tightest bound by norms of paths (derived).
+
+    Args:
+        path_norms: $\kappa_1\|P_1\|, \dots, \kappa_N\|P_N\|$ along the first axis; further axes are
+            points.
+        middle_norm: $\|P_{mid}\|$, a number or an array over points.
+
+    >>> float(pathwise_bound([1.0, 0.5], 0.25))
+    1.75
+    """
+    return np.asarray(np.asarray(path_norms, float).sum(axis=0) + np.asarray(middle_norm, float))
 
 
 def max_block_gain(lip_a: np.ndarray, lip_b: np.ndarray) -> np.ndarray:

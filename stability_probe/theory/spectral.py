@@ -21,6 +21,7 @@ build the graph under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -100,6 +101,8 @@ def jacobian_norm(
     input: Tensor,
     *,
     generator: torch.Generator,
+    via: Tensor | None = None,
+    samples: int | None = None,
     rtol: float = 1e-3,
     max_products: int = 100,
 ) -> SpectralNorm:
@@ -109,6 +112,10 @@ def jacobian_norm(
         output: a tensor (batch, ...) that depends on `input` through a differentiable graph.
         input: a tensor (batch, ...) of that graph; sample s of `output` may depend on sample s
             of `input` alone.
+        via: a tensor of that graph, to take only the paths through it:
+            $(\partial\,output/\partial\,via)(\partial\,via/\partial\,input)$.
+        samples: how many samples the tensors' first dimension holds, one after the other, if each
+            of them takes several entries of it (the frames of a video); `None`: one entry each.
         generator: CPU generator for the starting vectors.
         rtol: relative tolerance on the residual.
         max_products: the largest number of product pairs to spend.
@@ -117,25 +124,40 @@ def jacobian_norm(
     >>> norm = jacobian_norm(2 * x, x, generator=torch.Generator().manual_seed(0))
     >>> norm.value.round(decimals=4).tolist()
     [2.0, 2.0]
+    >>> part = 3 * x
+    >>> norm = jacobian_norm(part + x, x, via=part, generator=torch.Generator().manual_seed(0))
+    >>> norm.value.round(decimals=4).tolist()
+    [3.0, 3.0]
     """
+    stops = (output, input) if via is None else (output, via, input)
+
+    def pull(covector: Tensor, create_graph: bool) -> Tensor:
+        for later, earlier in pairwise(stops):
+            (covector,) = torch.autograd.grad(
+                later, earlier, covector, retain_graph=True, create_graph=create_graph
+            )
+        return covector
+
     covector = torch.zeros_like(output, requires_grad=True)
-    (pullback,) = torch.autograd.grad(output, input, covector, create_graph=True)
+    pullback = pull(covector, True)
+
+    samples = len(input) if samples is None else samples
 
     def matvec(v: Tensor) -> Tensor:
         (jv,) = torch.autograd.grad(pullback, covector, v.view_as(input), retain_graph=True)
-        return jv.reshape(len(jv), -1)
+        return jv.reshape(samples, -1)
 
     def rmatvec(u: Tensor) -> Tensor:
-        (jtu,) = torch.autograd.grad(output, input, u.view_as(output), retain_graph=True)
-        return jtu.reshape(len(jtu), -1)
+        jtu = pull(u.view_as(output), False)
+        return jtu.reshape(samples, -1)
 
     start: Tensor = torch.randn(input.shape, generator=generator, dtype=input.dtype).to(
         input.device
     )
-    start = start.reshape(len(start), -1)
+    start = start.reshape(samples, -1)
     # A derivative can be finite where the function is not (a ReLU's at NaN): that is no norm.
     for tensor in (input, output):
-        lost = ~tensor.detach().reshape(len(tensor), -1).isfinite().all(dim=1)
+        lost = ~tensor.detach().reshape(samples, -1).isfinite().all(dim=1)
         start = start.masked_fill(lost[:, None], torch.nan)
     return golub_kahan_norm(matvec, rmatvec, start, rtol=rtol, max_products=max_products)
 

@@ -124,3 +124,27 @@ def test_head_is_a_copy_without_a_graph():
     head.target.zero_()
     assert torch.equal(head.x, 2 * X[:2])
     assert Y.sum() > 0
+
+
+def test_nested_arguments_are_batched_too():
+    b = ProbeBatch((X,), {"added": {"ids": T, "size": 3}, "pair": (Y, TABLE), "list": [T]})
+    head = b.head(2)
+    assert torch.equal(head.kwargs["added"]["ids"], T[:2])
+    assert head.kwargs["added"]["size"] == 3
+    assert torch.equal(head.kwargs["pair"][0], Y[:2])
+    assert head.kwargs["pair"][1] is TABLE
+    assert torch.equal(head.kwargs["list"][0], T[:2])
+
+
+def test_what_is_given_once_a_frame_stays_with_its_sample():
+    frames = torch.arange(3 * len(X)).float()[:, None]  # three frames a sample
+    b = ProbeBatch((X,), {"text": frames}, per_frame=frozenset({"text"}))
+    assert torch.equal(b.head(2).kwargs["text"], frames[:6])
+    assert torch.equal(b.samples(slice(1, 2)).kwargs["text"], frames[3:6])
+    assert torch.equal(b.with_tensors(b.tensors()).kwargs["text"], frames)
+    assert ProbeBatch((X,), {"text": frames}).head(2).kwargs["text"] is frames
+
+
+def test_an_error_of_other_shape_is_refused():
+    with pytest.raises(StabilityProbeError, match=r"output is \(2, 4\) and the target \(2, 1\)"):
+        per_sample_mse(torch.ones(2, 4), torch.ones(2, 1))

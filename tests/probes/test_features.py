@@ -67,7 +67,7 @@ def watch(net, *args, active=True, backward=True, skips=None, **kwargs):
 NET = TheoryUNet(8, 2)
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 SITES = {("x", 0), ("output", 0), ("h", 0), ("h", 1), ("h", 2)} | {
-    (site, i) for site in ("u", "ku", "z", "merged") for i in (1, 2)
+    (site, i) for site in ("u", "ku", "merged") for i in (1, 2)
 }
 
 
@@ -76,6 +76,9 @@ def test_every_tensor_of_eq_4_is_seen_once_a_pass():
     assert set(probe.energy) == SITES
     assert all(len(parts) == 1 for parts in probe.energy.values())
     assert set(probe.gradient) == {("u", 1), ("u", 2), ("h", 0), ("h", 1), ("h", 2)}
+    found = probe.samples(1.0)
+    for i in (1, 2):  # z_i = h_i is looked at once and recorded under both names
+        assert torch.equal(found[Key("energy", "z", i, "")], probe.energy["h", i][0])
 
 
 def test_a_model_called_twice_is_recorded_twice():

@@ -35,7 +35,7 @@ from stability_probe.probes import probe as probe_module
 from stability_probe.probes.features import FeatureProbe
 from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.sensitivity import SensitivityProbe
-from stability_probe.skips import OutputTap, parse_scaling
+from stability_probe.skips import ArgumentTap, OperandTap, OutputTap, parse_scaling
 from tests.oracles.recording import assert_rows, expected_step, output_of
 
 QUICK = SensitivityConfig(epsilons=(1e-2,), directions=1, max_products=2)
@@ -182,7 +182,7 @@ class TestNothingIsLeft:
         run = Run(tmp_path / "run")
         with pytest.raises(Boom), self.probe(net, skips, case, run=run) as probe:
             one_step(probe, net, case)
-            monkeypatch.setattr(net.get_submodule(skips[0].block), "forward", boom)
+            monkeypatch.setattr(net.get_submodule(skips[0].sink), "forward", boom)
             one_step(probe, net, case)
         assert hooks_of(net) == before
         assert run.info["state"] == "failed"
@@ -223,17 +223,20 @@ class TestNothingIsLeft:
     @pytest.mark.parametrize("attached", [0, 1, 3])
     def test_after_an_exception_half_way_into_the_block(self, scaled, monkeypatch, attached):
         case, net, skips, before = scaled
-        attach, count = OutputTap.attach, iter(range(100))
+        count = iter(range(100))
 
-        def fails_at_last(tap, model, fn, *, first=False):
-            if next(count) == attached - 1:
-                assert hooks_of(net) != before  # some are there by now
-                boom()
-            return attach(tap, model, fn, first=first)
+        def failing(attach):
+            def fails_at_last(tap, model, fn, *, first=False):
+                if next(count) == attached - 1:
+                    assert hooks_of(net) != before  # some are there by now
+                    boom()
+                return attach(tap, model, fn, first=first)
+
+            return fails_at_last
 
         if attached:
-            monkeypatch.setattr(OutputTap, "attach", fails_at_last)
-            monkeypatch.setattr(features_module, "OutputTap", OutputTap)
+            for kind in (OutputTap, ArgumentTap, OperandTap):
+                monkeypatch.setattr(kind, "attach", failing(kind.attach))
         else:
             whole = FeatureProbe.attach
             fails = lambda *args: (whole(*args), boom())  # noqa: E731
@@ -639,7 +642,7 @@ class TestSchedule:
         assert [s["level"] for s in info["skips"]] == [1, 2, 3]
         assert info["skips"][0] == {
             "level": 1, "source": "encoder.0", "sink": "decoder.0.block", "merge": "add",
-            "shape": [16],
+            "shape": [16], "kappa": 1.0,
         }  # fmt: skip
         settings = info["probe_settings"]
         assert (settings["every"], settings["sensitivity_every"]) == (1, 100)

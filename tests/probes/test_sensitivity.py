@@ -20,8 +20,9 @@ from stability_probe import (
 from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityProbe
 from stability_probe.skips import parameter_blocks, parse_scaling
 from stability_probe.theory import blockwise_bound, max_block_gain, robustness_bound
+from tests.oracles.architectures import ZOO
 from tests.oracles.dense import dense_jacobian
-from tests.oracles.recording import block_of, blocks_at, energy, output_of, run_pass
+from tests.oracles.recording import block_of, blocks_at, energy, output_of, parts_of, run_pass
 
 CONSTANT = ("unscaled", "inverse-sqrt2", "uniform:0", "cs:0.7")
 SHARP = SensitivityConfig(rtol=1e-6, block_rtol=1e-6, max_products=600)
@@ -154,7 +155,7 @@ class TestJacobianNorms:
                 for block, (fn, v) in blocks.items():
                     dense = torch.linalg.matrix_norm(dense_jacobian(fn, v)[0], ord=2)
                     above.append((found[("lipschitz", *block)][s] >= dense).item())
-        assert len(above) == 8 * 7
+        assert len(above) == 8 * 10
         assert sum(above) > 0.8 * len(above)
 
     def test_default_tolerances_cost_a_tenth_at_most(self, cases):
@@ -210,6 +211,84 @@ class TestJacobianNorms:
         }  # fmt: skip
         for site, value in few.items():
             torch.testing.assert_close(found[site][:2], value, rtol=1e-8, atol=0)
+
+
+class TestPaths:
+    """κ_i‖P_i‖ and what belongs to it."""
+
+    PATHS = SensitivityConfig(rtol=1e-6, block_rtol=1e-6, max_products=600, paths=True)
+
+    @pytest.mark.parametrize("name", ["add", "concat", "uvit"])
+    @pytest.mark.parametrize("scheme", ["unscaled", "cs:0.7", "uniform:0"])
+    def test_norms_are_those_of_the_network_with_all_other_paths_detached(
+        self, cases, name, scheme
+    ):
+        with measuring(cases[name], scheme, n=2, config=self.PATHS, target=None) as (probe, net):
+            found = by_site(probe.measure())
+            x, t = probe.batch.args
+            kappa = parse_scaling(scheme).coefficients(len(probe.skips))
+            for s in range(len(x)):
+                for path, fn in paths_at(net, t[s][None], kappa).items():
+                    dense = torch.linalg.matrix_norm(dense_jacobian(fn, x[s][None])[0], ord=2)
+                    measured = found[("path", *path)][s]
+                    torch.testing.assert_close(measured, dense, rtol=1e-4, atol=1e-12)
+        assert not found["path", "around", 0].any()
+        assert (found["path_gap", "J", 0] < 1e-12).all()
+
+    def test_around_and_gap_of_a_global_residual(self, cases):
+        net = Residual(TheoryUNet(16, 3).double())
+        with measuring(cases["add"], "unscaled", net=net, config=self.PATHS, target=None) as (
+            probe, _,
+        ):  # fmt: skip
+            found = by_site(probe.measure())
+        torch.testing.assert_close(found["path", "around", 0], torch.full((3,), 2.0).double())
+        assert (found["path_gap", "J", 0] < 1e-12).all()
+
+    @pytest.mark.parametrize(("name", "gap"), [("attention-unet", True), ("skip-last", False)])
+    def test_a_gate_that_looks_at_the_decoder_leaves_a_gap(self, name, gap):
+        net, (x,) = ZOO[name].build().eval(), ZOO[name].args
+        skips = find_skips(net, x)
+        probe = SensitivityProbe(net, skips, {}, ProbeBatch((x,)), SensitivityConfig(paths=True))
+        found = by_site(probe.jacobian_norms(probe.batch, torch.Generator().manual_seed(0)))
+        assert (found["path_gap", "J", 0].max() > 5e-3) == gap
+        assert (found["path_gap", "J", 0].max() < 1e-5) != gap
+
+    def test_they_are_not_measured_unless_asked_for(self, case):
+        with measuring(case, target=None) as (probe, _):
+            assert not any(key.metric.startswith("path") for key in probe.measure())
+
+
+class Residual(torch.nn.Module):
+    """2x + net(x)."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t=None):
+        return self.net(x) + 2 * x
+
+
+def paths_at(net, t, kappa):
+    """By hand: the network with a gradient through one path alone, as functions of x."""
+
+    def path(only):
+        def fn(x):
+            a, b, mid, merge = parts_of(net, x, t.expand(len(x)))
+            u, v = [], x
+            for block in a:
+                v = block(v)
+                u.append(v)
+            z = mid(v) if only == "mid" else mid(v).detach()
+            for i in reversed(range(len(a))):
+                skip = kappa[i] * u[i]
+                z = b[i](merge(z, skip if only == i + 1 else skip.detach()))
+            return z
+
+        return fn
+
+    levels = range(1, len(kappa) + 1)
+    return {("skip", i): path(i) for i in levels} | {("mid", 0): path("mid")}
 
 
 class TestSampleEnergies:
@@ -438,7 +517,7 @@ class TestMeasure:
         ({"epsilons": (0.1, 0.0)}, "epsilons must be positive fractions"),
         ({"directions": 0}, "directions must be at least 1, got 0"),
         ({"max_products": 0}, "max_products must be at least 1, got 0"),
-        ({"chunk": -1}, "chunk must be at least 1, got -1"),
+        ({"chunk": -1}, "chunk must be at least 0, got -1"),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stability_probe import ConstantScaling, TheoryUNet, find_skips, scale_skips
-from stability_probe.theory import blockwise_bound, max_block_gain, robustness_bound
+from stability_probe.theory import blockwise_bound, max_block_gain, pathwise_bound, robustness_bound
 from tests.oracles.dense import dense_jacobian
 
 laws = settings(deadline=None, derandomize=True, max_examples=100)
@@ -149,3 +149,30 @@ def test_chain_at_a_point(seed):
     blockwise = blockwise_bound(kappa, lip_a, lip_b, norms["middle"])
     paper = robustness_bound(kappa, max_block_gain(lip_a, lip_b), norms["middle"])
     assert 0 < secant <= exact * (1 + 1e-6) <= blockwise <= paper
+
+
+def test_pathwise_by_hand():
+    assert pathwise_bound([2.0, 0.5], 0.25) == 2.75
+    over_points = pathwise_bound(np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([0.5, 0.25]))
+    np.testing.assert_array_equal(over_points, [4.5, 6.25])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pathwise_lies_between_exact_and_blockwise_on_linear_networks(seed):
+    """P_i = B_1..B_i A_i..A_1, written out; equal to the exact norm where all paths align."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, 3, 6, 6)) / 2
+    middle, kappa = rng.normal(size=(6, 6)), [1.0, 0.7, 0.49]
+    down, up, paths, lip = np.eye(6), np.eye(6), [], []
+    for i in range(3):
+        down, up = a[i] @ down, up @ b[i]
+        paths.append(kappa[i] * up @ down)
+        lip.append((np.linalg.norm(a[i], 2), np.linalg.norm(b[i], 2)))
+    paths.append(up @ middle @ down)
+    norms = [np.linalg.norm(p, 2) for p in paths]
+    exact = np.linalg.norm(sum(paths), 2)
+    lip_a, lip_b = np.transpose(lip)
+    blockwise = blockwise_bound(kappa, lip_a, lip_b, np.linalg.norm(middle, 2))
+    pathwise = pathwise_bound(norms[:3], norms[3])
+    assert exact <= pathwise <= blockwise
+    assert pathwise_bound(norms[:2], norms[3]) < pathwise  # a path left out

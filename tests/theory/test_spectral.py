@@ -222,3 +222,27 @@ def test_a_function_that_is_not_finite_has_no_norm(bad):
     inner = torch.ones(3, 4, dtype=torch.float64)
     value = jacobian_norm_of(lambda v: v + x, inner).value  # the output alone is not finite
     assert value.isnan().tolist() == [False, True, False]
+
+
+def test_via_takes_the_paths_through_a_tensor_alone():
+    generator = torch.Generator().manual_seed(3)
+    first, second, around = torch.randn(3, 6, 6, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    inner = (x @ first).tanh()
+    out = inner @ second + x @ around
+    norm = jacobian_norm(out, x, via=inner, generator=generator, rtol=1e-6)
+    slope = 1 - inner.detach().square()
+    path = torch.stack([(first * d) @ second for d in slope]).mT
+    assert_matches_dense(norm, path, rtol=1e-6)
+    whole = jacobian_norm(out, x, generator=generator, rtol=1e-6)
+    assert_matches_dense(whole, path + around.T, rtol=1e-6)
+
+
+def test_a_sample_may_take_several_rows():
+    """Two samples of three frames that mix: their Jacobians are 12 x 12, not 4 x 4 a frame."""
+    generator = torch.Generator().manual_seed(4)
+    mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    x = torch.randn(6, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    out = (x.view(2, 12) @ mixing).view(6, 4)
+    norm = jacobian_norm(out, x, samples=2, generator=generator, rtol=1e-6)
+    assert_matches_dense(norm, mixing.T.expand(2, 12, 12), rtol=1e-6)
