@@ -5,6 +5,12 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from stability_probe.plots import tables
+from stability_probe.plots.checkpoint import (
+    plot_counterfactual,
+    plot_energies,
+    plot_hierarchy,
+    plot_paths,
+)
 from stability_probe.plots.figures import (
     plot_coefficients,
     plot_feature_traces,
@@ -19,12 +25,17 @@ from stability_probe.verify.oscillation import oscillation_table
 
 __all__ = [
     "all_figures",
+    "checkpoint_figures",
     "plot_coefficients",
+    "plot_counterfactual",
+    "plot_energies",
     "plot_feature_traces",
     "plot_gradients",
+    "plot_hierarchy",
     "plot_law",
     "plot_losses",
     "plot_oscillation",
+    "plot_paths",
     "plot_sensitivity",
     "tables",
 ]
@@ -56,6 +67,25 @@ def all_figures(evidence: Sequence[Evidence]) -> dict[str, Figure]:
     losses = tables.losses(training)
     if len(losses):
         figures["loss"] = plot_losses(losses)
+    for run in (run for run in evidence if run.kind == "checkpoint" and len(run.sampled_steps)):
+        for name, figure in checkpoint_figures(run).items():
+            figures[f"{name}-{run.name}" if name in figures else name] = figure
     if ensembles:
         figures["law"] = plot_law(tables.law(ensembles))
+    return figures
+
+
+def checkpoint_figures(run: Evidence) -> dict[str, Figure]:
+    """Every figure of one checkpoint that it has the records for, by file name."""
+    figures = {"energies": plot_energies(tables.energies(run))}
+    paths, counterfactual = tables.paths(run), tables.counterfactual(run)
+    if run.samples("sigma_max", "J").size:
+        figures["hierarchy"] = plot_hierarchy(tables.hierarchy(run))
+    if len(paths):
+        figures["paths"] = plot_paths(paths)
+    if len(counterfactual):
+        figures["counterfactual"] = plot_counterfactual(counterfactual)
+    gradients = tables.gradient_energies(tables.by_noise_level(run))
+    if len(gradients):
+        figures["gradients"] = plot_gradients(gradients, "by noise level")
     return figures

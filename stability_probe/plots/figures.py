@@ -35,7 +35,7 @@ def plot_feature_traces(table: pd.DataFrame) -> Figure:
     """
     shown = _three(table.level)
     schemes = list(table.scheme.unique())
-    figure, axes = _grid(len(shown), len(schemes), sharey="row")
+    figure, axes = grid(len(shown), len(schemes), sharey="row")
     for r, level in enumerate(shown):
         for c, scheme in enumerate(schemes):
             ax: Axes = axes[r, c]
@@ -54,8 +54,8 @@ def plot_feature_traces(table: pd.DataFrame) -> Figure:
                 ax.set_ylabel(_where(level, shown))
             if r == len(shown) - 1:
                 ax.set_xlabel("training step")
-    _legend(figure, axes[0, 0])
-    _title(figure, "Feature energy during training, and the band of Theorem 3.1")
+    legend(figure, axes[0, 0])
+    title(figure, "Feature energy during training, and the band of Theorem 3.1")
     return figure
 
 
@@ -66,7 +66,7 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
         table: from `verify.oscillation.oscillation_table`, with a column `scheme`.
     """
     levels = _three(table.level)
-    figure, axes = _grid(1, len(levels), sharey="row", size=(3.1, 3.4))
+    figure, axes = grid(1, len(levels), sharey="row", size=(3.1, 3.4))
     positive = table.skip_energy[table.skip_energy > 0]
     smallest = float(positive.min()) if len(positive) else 1.0
     table = table[np.isfinite(table["range"]) & (table["range"] > 0)]
@@ -91,20 +91,21 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
         ax.set_title(_where(level, levels))
         ax.set_xlabel("‖x$_t$‖² Σ$_{j≥i}$ κ$_j$²")
     axes[0, 0].set_ylabel("range (max − min) of ‖h$_i$‖²\nover training")
-    _legend(figure, axes[0, 0])
-    _title(figure, "Oscillation range of features against the sum of squared skip coefficients")
+    legend(figure, axes[0, 0])
+    title(figure, "Oscillation range of features against the sum of squared skip coefficients")
     return figure
 
 
-def plot_gradients(table: pd.DataFrame) -> Figure:
+def plot_gradients(table: pd.DataFrame, when: str = "at the end of training") -> Figure:
     """Per-sample gradient energy of every block beside its bound.
 
     Args:
         table: from `tables.gradient_energies`.
+        when: it was measured, for the title.
     """
     table = table[np.isfinite(table.measured) & np.isfinite(table.bound)]
     schemes = list(table.scheme.unique())
-    figure, axes = _grid(2, max(1, len(schemes)), sharey="row")
+    figure, axes = grid(2, max(1, len(schemes)), sharey="row")
     names = {"a": "encoder blocks aᵢ", "b": "decoder blocks bᵢ"}
     for r, (block, label) in enumerate(names.items()):
         for c, scheme in enumerate(schemes):
@@ -127,10 +128,10 @@ def plot_gradients(table: pd.DataFrame) -> Figure:
                 ax.set_xlabel("level i (1 = outermost)")
             if c == 0:
                 ax.set_ylabel(f"{label}\nmax ‖∇W ℓ$_s$‖²")
-    _legend(figure, axes[0, 0])
-    _title(
+    legend(figure, axes[0, 0])
+    title(
         figure,
-        "Gradient energy of single samples at the end of training (median, 5–95 % of samples)",
+        f"Gradient energy of single samples {when} (median, 5–95 % of samples)",
     )
     return figure
 
@@ -144,7 +145,7 @@ def plot_sensitivity(table: pd.DataFrame) -> Figure:
     schemes = list(table.scheme.unique())
     quantities = list(table.quantity.unique())
     colours = dict(zip(quantities, (BOUND, PALETTE[1], PALETTE[2], MEASURED), strict=False))
-    figure, axes = _grid(1, len(schemes), sharey="row", size=(2.6, 3.4))
+    figure, axes = grid(1, len(schemes), sharey="row", size=(2.6, 3.4))
     for c, scheme in enumerate(schemes):
         ax: Axes = axes[0, c]
         mine = table[table.scheme == scheme]
@@ -167,8 +168,8 @@ def plot_sensitivity(table: pd.DataFrame) -> Figure:
         ax.set_title(scheme)
         ax.set_xlabel("training step")
     axes[0, 0].set_ylabel("output change / input change")
-    _legend(figure, axes[0, 0])
-    _title(figure, "Sensitivity to the input, and its bound (median and range over samples)")
+    legend(figure, axes[0, 0])
+    title(figure, "Sensitivity to the input, and its bound (median and range over samples)")
     return figure
 
 
@@ -179,7 +180,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
         table: from `tables.coefficients`.
     """
     learned = table[table.learned]
-    figure, axes = _grid(1, 2 if len(learned) else 1, size=(5.0, 3.8))
+    figure, axes = grid(1, 2 if len(learned) else 1, size=(5.0, 3.8))
     ax: Axes = axes[0, 0]
     for scheme, colour in _scheme_colours(table).items():
         mine = table[table.scheme == scheme]
@@ -200,7 +201,7 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
         ax.set(xlabel="training step", ylabel="κ$_i$ (running mean over 10 steps)")
         ax.set_title(f"{first.scheme.iloc[0]} over training")
         ax.legend(fontsize=8, ncols=2)
-    _title(figure, "Skip coefficients as applied")
+    title(figure, "Skip coefficients as applied")
     return figure
 
 
@@ -210,7 +211,7 @@ def plot_losses(table: pd.DataFrame) -> Figure:
     Args:
         table: from `tables.losses`.
     """
-    figure, axes = _grid(1, 1, size=(6.0, 4.0))
+    figure, axes = grid(1, 1, size=(6.0, 4.0))
     ax: Axes = axes[0, 0]
     for scheme, colour in _scheme_colours(table).items():
         for k, (_, run) in enumerate(table[table.scheme == scheme].groupby("run")):
@@ -220,7 +221,7 @@ def plot_losses(table: pd.DataFrame) -> Figure:
     ax.set_yscale("log")
     ax.set(xlabel="training step", ylabel="loss (mean squared error of the noise)")
     ax.legend(fontsize=9)
-    _title(figure, "Training loss (thick: running mean)")
+    title(figure, "Training loss (thick: running mean)")
     return figure
 
 
@@ -230,7 +231,7 @@ def plot_law(table: pd.DataFrame) -> Figure:
     Args:
         table: from `tables.law`.
     """
-    figure, axes = _grid(1, 1, size=(5.6, 4.6))
+    figure, axes = grid(1, 1, size=(5.6, 4.6))
     ax: Axes = axes[0, 0]
     ends = np.array([table.predicted.min() * 0.9, table.predicted.max() * 1.1])
     ax.plot(ends, ends, color=BOUND, lw=1, label="explicit law of Theorem 3.1")
@@ -240,7 +241,7 @@ def plot_law(table: pd.DataFrame) -> Figure:
                     color=colour, capsize=2, label=scheme)  # fmt: skip
     ax.set(xlabel="predicted E‖h$_i$‖²/‖x$_t$‖²", ylabel="measured, mean over networks (95 %)")
     ax.legend(fontsize=9)
-    _title(figure, "Feature energy of random networks: law and measurement")
+    title(figure, "Feature energy of random networks: law and measurement")
     return figure
 
 
@@ -268,7 +269,7 @@ def _decades(low: float, high: float) -> list[float]:
     return [10.0**k for k in range(int(np.ceil(np.log10(low))), int(np.floor(np.log10(high))) + 1)]
 
 
-def _grid(
+def grid(
     rows: int, columns: int, *, sharey: Any = False, size: tuple[float, float] = (2.6, 2.2)
 ) -> tuple[Figure, Any]:
     """A figure with a grid of axes of one style, not registered with pyplot."""
@@ -278,7 +279,7 @@ def _grid(
     return figure, axes
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
+def legend(figure: Figure, ax: Axes) -> None:
     """One legend below all axes."""
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(
@@ -286,6 +287,7 @@ def _legend(figure: Figure, ax: Axes) -> None:
     )
 
 
-def _title(figure: Figure, text: str) -> None:
+def title(figure: Figure, text: str) -> None:
+    """The figure's title, with room for it."""
     figure.set_layout_engine("constrained")
     figure.suptitle(text)

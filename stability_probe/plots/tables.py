@@ -1,12 +1,14 @@
 """From evidence to the tidy frames that figures are drawn from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from stability_probe.theory import feature_band
 from stability_probe.verify import Evidence
+from stability_probe.verify.counterfactual import Counterfactual
 from stability_probe.verify.feature_band import fit_bands
 from stability_probe.verify.feature_law import law_table
 from stability_probe.verify.gradients import Gradients
@@ -160,6 +162,108 @@ def law(runs: Sequence[Evidence]) -> pd.DataFrame:
                     "predicted": predicted,
                     "measured": measured.mean(axis=0),
                     "error": error,
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def noise_level_names(run: Evidence) -> list[str]:
+    """What a figure calls the noise levels of a checkpoint, one a step."""
+    steps = len(run.sampled_steps)
+    levels = run.info.get("noise_levels")
+    return [f"t = {t:g}" for t in levels] if levels else ["no noise level"] * steps
+
+
+def by_noise_level(run: Evidence) -> list[Evidence]:
+    """The evidence of every noise level of a checkpoint, each with its name for a scheme."""
+    return [
+        Evidence(run.name, run.frame[run.frame.step == step], {**run.info, "scheme": name})
+        for step, name in zip(run.sampled_steps, noise_level_names(run), strict=True)
+    ]
+
+
+def hierarchy(run: Evidence) -> pd.DataFrame:
+    """The quantities of Theorem 3.4 of a checkpoint: noise_level, quantity, sample, value."""
+    chain = robustness_chain(run)
+    values = {
+        "paper": chain.paper, "blockwise": chain.blockwise, "pathwise": chain.pathwise,
+        "exact": chain.exact, "measured": chain.secant,
+    }  # fmt: skip
+    return _long({name: v for name, v in values.items() if v is not None}, run, "quantity")
+
+
+def paths(run: Evidence) -> pd.DataFrame:
+    """Norm of every path of a checkpoint: noise_level, path, sample, value, exact (σ_max(J)).
+
+    Empty if paths were not measured.
+    """
+    chain = robustness_chain(run)
+    if chain.paths is None:
+        return pd.DataFrame()
+    values = {str(i): level for i, level in enumerate(chain.paths, start=1)}
+    values["mid"] = chain.middle
+    if chain.around.any():
+        values["around"] = chain.around
+    table = _long(values, run, "path")
+    exact = _long({"exact": chain.exact}, run, "path").rename(columns={"value": "exact"})
+    return table.merge(exact.drop(columns="path"), on=["noise_level", "sample"])
+
+
+def counterfactual(run: Evidence) -> pd.DataFrame:
+    """Energies under multiples of κ: noise_level, level, signal Σ(sκ)², sample, energy.
+
+    Both relative to the largest s, the energy to its mean over samples. Three of the levels that
+    skips feed; empty if nothing was measured.
+    """
+    found = Counterfactual.of(run)
+    if not len(found.factors):
+        return pd.DataFrame()
+    fed = [i for i in range(found.signal.shape[1]) if found.signal[:, i].any()]
+    shown = sorted({fed[0], fed[len(fed) // 2], fed[-1]}) if fed else []
+    signal = found.signal / np.where(found.signal[-1] > 0, found.signal[-1], 1.0)
+    energy = found.energy / found.energy[-1].mean(axis=2, keepdims=True)
+    frames = [
+        _long({signal[k, i]: energy[k, :, i]}, run, "signal").assign(level=i)
+        for i in shown
+        for k in range(len(found.factors))
+    ]
+    return pd.concat(frames).rename(columns={"value": "energy"}) if frames else pd.DataFrame()
+
+
+def energies(run: Evidence) -> pd.DataFrame:
+    """‖h_i‖² of a checkpoint and the fitted band: noise_level, level, sample, energy, lower, upper.
+
+    The band is NaN where it could not be fitted.
+    """
+    x, h = run.samples("sample_energy", "x"), run.samples("sample_energy", "h")
+    bands = fit_bands(run)
+    frames = []
+    for i in range(h.shape[1]):
+        frame = _long({i: h[:, i]}, run, "level").rename(columns={"value": "energy"})
+        edges = np.full((2, *h[:, i].shape), np.nan)
+        for t, band in enumerate(bands):
+            edges[:, t] = feature_band(
+                run.kappa, i, x[t, 0], rho=band.rho, c1=band.c1, c2=band.c2, c3=band.c2,
+                index="tight",
+            )  # fmt: skip
+        frames.append(frame.assign(lower=edges[0].ravel(), upper=edges[1].ravel()))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _long(values: Mapping[Any, np.ndarray], run: Evidence, name: str) -> pd.DataFrame:
+    """Arrays (noise levels, samples) by name, as rows."""
+    names = noise_level_names(run)
+    frames = []
+    for key, array in values.items():
+        row, sample = np.indices(array.shape)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "noise_level": [names[r] for r in row.ravel()],
+                    name: key,
+                    "sample": sample.ravel(),
+                    "value": array.ravel(),
                 }
             )
         )

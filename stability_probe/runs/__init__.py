@@ -1,6 +1,7 @@
 """Run folders, the small training loop, and what is recorded from them."""
 
 from stability_probe.runs.data import DATASETS, load_images
+from stability_probe.runs.probing import ProbedPoint, ProbingConfig, record_checkpoint
 from stability_probe.runs.recording import (
     EnsembleConfig,
     RecordConfig,
@@ -20,6 +21,8 @@ __all__ = [
     "DATASETS",
     "MODELS",
     "EnsembleConfig",
+    "ProbedPoint",
+    "ProbingConfig",
     "RecordConfig",
     "Run",
     "TrainConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "build_model",
     "load_images",
     "open_runs",
+    "record_checkpoint",
     "record_ensemble",
     "record_training",
     "train",

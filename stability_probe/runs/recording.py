@@ -25,7 +25,6 @@ from stability_probe.runs.training import (
     train,
 )
 from stability_probe.skips import (
-    LearnableScaling,
     Scaling,
     SkipConnection,
     find_skips,
@@ -129,11 +128,7 @@ def seeded_scaling(name: str, seed: int) -> Scaling:
     >>> seeded_scaling("cs:0.7", 0).coefficients(2)
     [1.0, 0.7]
     """
-    scheme = parse_scaling(name)
-    if isinstance(scheme, LearnableScaling):
-        generator = torch.Generator().manual_seed(seed + 1)
-        return LearnableScaling(shared=scheme.shared, generator=generator)
-    return scheme
+    return parse_scaling(name, torch.Generator().manual_seed(seed + 1))
 
 
 @dataclass(frozen=True)

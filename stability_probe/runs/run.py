@@ -98,11 +98,8 @@ class Run:
         Raises:
             StabilityProbeError: if the folder holds a run already, or cannot be written.
         """
+        self.refuse_if_taken()
         try:
-            if (self.path / "run.json").exists() or self._parts():
-                raise StabilityProbeError(
-                    f"{self.path}: holds a run already, which would be lost; choose another folder"
-                )
             (self.path / "records").mkdir(parents=True, exist_ok=True)
             (self.path / "figures").mkdir(exist_ok=True)
         except OSError as error:
@@ -111,6 +108,25 @@ class Run:
             ) from error
         start = {"schema": SCHEMA, "state": "running", "reason": None, "config": self.config}
         self._write_info({**start, "versions": _versions(), **info})
+
+    def refuse_if_taken(self) -> None:
+        """Check that the folder is free for a run.
+
+        Raises:
+            StabilityProbeError: if it holds one already, or cannot be looked at.
+        """
+        try:
+            taken = (self.path / "run.json").exists() or bool(self._parts())
+            if self.path.exists() and not self.path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        except OSError as error:
+            raise StabilityProbeError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
+        if taken:
+            raise StabilityProbeError(
+                f"{self.path}: holds a run already, which would be lost; choose another folder"
+            )
 
     def update(self, info: Mapping[str, Any]) -> None:
         """Add to `run.json`, or replace what is there."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class Evidence:
 
     @property
     def kind(self) -> str:
-        """`training`, or `ensemble` for random networks."""
+        """`training`, `ensemble` for random networks, or `checkpoint` for one network."""
         return str(self.info.get("kind", "training"))
 
     @property
@@ -67,8 +68,20 @@ class Evidence:
         return int(levels.max()) if len(levels) else 0
 
     @cached_property
+    def own_kappa(self) -> list[float | None]:
+        """The κ_i in the network's own code; `None` where it does something else to u_i.
+
+        Records without a `run.json` are taken to be of a network that does nothing to u_i.
+        """
+        skips = self.info.get("skips") or [{}] * self.n_skips
+        return [skip.get("kappa", 1.0) for skip in skips]
+
+    @cached_property
     def kappa(self) -> list[float]:
         """κ_1..κ_N: the constants if the scheme has them, else the mean measured gains.
+
+        Times what the network's own code multiplies u_i by. Where that does something else to it,
+        u_i is what enters the merge.
 
         Raises:
             StabilityProbeError: if `run.json` states another number of them than there are skips,
@@ -82,13 +95,20 @@ class Evidence:
                     f"of {self.n_skips}; correct `kappa` in run.json"
                 )
             try:
-                return [float(k) for k in stated]
+                return self._with_own([float(k) for k in stated])
             except ValueError as error:
                 raise StabilityProbeError(
                     f"{self.name}: `kappa` in run.json is no list of numbers ({error})"
                 ) from error
         measured = self.series("kappa", "skip")
-        return [float(measured[level].mean()) for level in range(1, self.n_skips + 1)]
+        levels = range(1, self.n_skips + 1)
+        return self._with_own([float(measured[level].mean()) for level in levels])
+
+    def _with_own(self, kappa: list[float]) -> list[float]:
+        return [
+            k * (1.0 if own is None else own)
+            for k, own in zip_longest(kappa, self.own_kappa, fillvalue=1.0)
+        ]
 
     @cached_property
     def input_dependent(self) -> bool:

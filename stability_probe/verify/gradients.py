@@ -180,7 +180,7 @@ def _unfit(run: Evidence, found: Gradients, claim: str) -> Verdict | None:
     if n < FEWEST_SAMPLES or not found.energy:
         advice = (
             f"per-sample gradients of {n} samples were recorded; {FEWEST_SAMPLES} are "
-            "needed, from a probe batch with a target"
+            "needed, from a probe batch with a target (of a checkpoint: --target)"
         )
         return Verdict.undecided("3.3", run.name, claim, advice, n=n)
     if not found.sound:

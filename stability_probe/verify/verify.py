@@ -7,6 +7,7 @@ from dataclasses import replace
 import pandas as pd
 
 from stability_probe.runs import Run
+from stability_probe.verify.counterfactual import counterfactual_verdict
 from stability_probe.verify.evidence import Evidence, gather
 from stability_probe.verify.feature_band import feature_band_verdict
 from stability_probe.verify.feature_law import feature_law_verdict
@@ -22,7 +23,7 @@ PER_RUN = (
     gradient_bound_verdict,
     robustness_verdict,
 )
-"""Claims that one training run can be held against."""
+"""Claims that one network can be held against, at every measured step or noise level."""
 
 
 def verify(source: pd.DataFrame | Run | Sequence[Run]) -> list[Verdict]:
@@ -41,8 +42,10 @@ def verify(source: pd.DataFrame | Run | Sequence[Run]) -> list[Verdict]:
     evidence = gather(source)
     ensembles = [run for run in evidence if run.kind == "ensemble"]
     training = [run for run in evidence if run.kind == "training"]
+    checkpoints = [run for run in evidence if run.kind == "checkpoint"]
     verdicts = [feature_law_verdict(run) for run in ensembles]
-    verdicts += [claim(run) for claim in PER_RUN for run in training]
+    verdicts += [counterfactual_verdict(run) for run in checkpoints]
+    verdicts += [claim(run) for claim in PER_RUN for run in (*training, *checkpoints)]
     if len(training) > 1:
         verdicts.append(oscillation_verdict(training))
     verdicts += [input_energy_verdict(runs) for runs in _by_input(training)]

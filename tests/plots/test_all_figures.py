@@ -6,6 +6,7 @@ from stability_probe.plots import all_figures
 from stability_probe.verify import Evidence
 from tests.oracles.evidence import (
     bare,
+    checkpoint,
     complete,
     ensemble,
     relabelled,
@@ -16,6 +17,7 @@ from tests.oracles.evidence import (
 
 OF_A_RUN = {"features", "oscillation", "coefficients", "loss"}
 SCHEDULED = {"gradients", "sensitivity"}
+OF_A_CHECKPOINT = {"energies", "hierarchy", "paths", "counterfactual"}
 NORMS = ("sigma_max", "sigma_max_residual", "secant", "lipschitz")
 
 
@@ -30,6 +32,9 @@ NORMS = ("sigma_max", "sigma_max_residual", "secant", "lipschitz")
         (lambda: [bare(complete())], OF_A_RUN | SCHEDULED),
         (lambda: [without(complete(), "sample_grad_energy")], OF_A_RUN | {"sensitivity"}),
         (lambda: [ensemble()], {"law"}),
+        (lambda: [checkpoint()], OF_A_CHECKPOINT),
+        (lambda: [without(checkpoint(), "path", *NORMS)], {"energies", "counterfactual"}),
+        (lambda: [checkpoint(), complete()], OF_A_CHECKPOINT | OF_A_RUN | SCHEDULED),
         (lambda: [ensemble(), complete(), trace(scheme="ls")], OF_A_RUN | SCHEDULED | {"law"}),
     ],
 )
@@ -57,3 +62,8 @@ def test_norms_that_were_not_taken():
 def test_an_ensemble_with_nothing_recorded_yet():
     evidence = ensemble()
     assert all_figures([Evidence("e", evidence.frame.iloc[:0], evidence.info)]) == {}
+
+
+def test_two_checkpoints_have_figures_of_their_own():
+    named = [Evidence(name, checkpoint().frame, checkpoint().info) for name in ("a", "b")]
+    assert set(all_figures(named)) == OF_A_CHECKPOINT | {f"{n}-b" for n in OF_A_CHECKPOINT}

@@ -70,6 +70,11 @@ def make(name, table):
     return getattr(figures, name)(table)
 
 
+@cache
+def figure_of(name, case):
+    return make(name, table_of(name, case))
+
+
 def draw(name, table):
     """The figure, laid out as for a file: some problems show only then."""
     figure = make(name, table)
@@ -100,7 +105,7 @@ class TestEveryFigure:
         pd.testing.assert_frame_equal(table, given)
 
     def test_says_what_it_shows(self, name, case):
-        figure = make(name, table_of(name, case))
+        figure = figure_of(name, case)
         assert figure.get_suptitle()
         for ax in figure.axes:
             place = ax.get_subplotspec()
@@ -122,7 +127,7 @@ class TestEveryFigure:
     ],
 )
 def test_bound_and_measurement_share_axes(name, measured, bound):
-    figure = make(name, table_of(name, "one scheme"))
+    figure = figure_of(name, "one scheme")
     assert figure.axes
     for ax in figure.axes:
         assert {measured, bound} <= set(labels(ax))
@@ -130,7 +135,7 @@ def test_bound_and_measurement_share_axes(name, measured, bound):
 
 @pytest.mark.parametrize("name", ["plot_oscillation", "plot_losses", "plot_law"])
 def test_schemes_have_colours_of_their_own_beside_the_bounds(name):
-    figure = make(name, table_of(name, "several schemes"))
+    figure = figure_of(name, "several schemes")
     colours = {}
     for ax in figure.axes:
         for label in labels(ax):
@@ -159,20 +164,20 @@ def colour_of(handle):
     ],
 )
 def test_the_bound_has_the_bounds_colour(name, bound):
-    for ax in make(name, table_of(name, "one scheme")).axes:
+    for ax in figure_of(name, "one scheme").axes:
         assert same_color(artist(ax, bound).get_color(), figures.BOUND)
 
 
 @pytest.mark.parametrize("name", FROM_RUNS)
 def test_scales(name):
     logarithmic = name != "plot_coefficients"
-    for ax in make(name, table_of(name, "several schemes")).axes:
+    for ax in figure_of(name, "several schemes").axes:
         assert ax.get_yscale() == ("log" if logarithmic else "linear")
 
 
 class TestFeatureTraces:
     def test_rows_are_levels_and_columns_schemes(self):
-        figure = make("plot_feature_traces", table_of("plot_feature_traces", "several schemes"))
+        figure = figure_of("plot_feature_traces", "several schemes")
         assert len(figure.axes) == 3 * 3
         titles = [ax.get_title() for ax in figure.axes]
         assert titles[:3] == ["CS (κ = 0.7)", "LS (learned)", "no skips (κ = 0)"]
@@ -278,8 +283,8 @@ class TestSensitivity:
 
 class TestCoefficients:
     def test_constants_have_one_panel_and_learned_ones_a_second(self):
-        assert len(make("plot_coefficients", table_of("plot_coefficients", "one scheme")).axes) == 1
-        figure = make("plot_coefficients", table_of("plot_coefficients", "several schemes"))
+        assert len(figure_of("plot_coefficients", "one scheme").axes) == 1
+        figure = figure_of("plot_coefficients", "several schemes")
         assert [ax.get_title() for ax in figure.axes] == [
             "at the end of training", "LS (learned) over training",
         ]  # fmt: skip

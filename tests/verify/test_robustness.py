@@ -2,8 +2,22 @@ import numpy as np
 import pytest
 
 from stability_probe.verify import Evidence
-from stability_probe.verify.robustness import robustness_chain, robustness_verdict
-from tests.oracles.evidence import altered, bare, chain, relabelled, sampled, trace, training
+from stability_probe.verify.robustness import (
+    robustness_chain,
+    robustness_verdict,
+    sensitivity_table,
+)
+from tests.oracles.evidence import (
+    altered,
+    bare,
+    chain,
+    joined,
+    relabelled,
+    sampled,
+    trace,
+    training,
+    with_paths,
+)
 
 
 def one_of(normal, value, point=(1, 5)):
@@ -137,3 +151,85 @@ def test_a_norm_that_did_not_settle_violates_nothing():
     """σ_max(J) is estimated from below: a secant above the estimate may be below the truth."""
     verdict = robustness_verdict(chain(secant=4.5, residual=1.0))
     assert verdict.status == "INCONCLUSIVE"
+
+
+class TestPaths:
+    def test_pathwise_by_hand(self):
+        found = robustness_chain(with_paths(chain(), around=0.5))
+        np.testing.assert_array_equal(found.pathwise, np.full((3, 8), 6.0))
+        np.testing.assert_array_equal(found.blockwise, np.full((3, 8), 9.5))
+        np.testing.assert_array_equal(found.paper, np.full((3, 8), 16.5))
+        assert found.paths.shape == (2, 3, 8)
+        assert robustness_chain(chain()).pathwise is None
+
+    def test_holds_and_names_the_skip_to_blame(self):
+        verdict = robustness_verdict(with_paths(chain()))
+        assert verdict.status == "HOLDS"
+        assert "path by path 1.38 (median), most of it through skip 1" in verdict.advice
+        verdict = robustness_verdict(with_paths(chain(), paths=(1.5, 3.0)))
+        assert "most of it through skip 2" in verdict.advice
+
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            {"paths": (1.0, 0.5)},  # 2.5 < exact
+            {"paths": (9.0, 1.0)},  # 11 > blockwise
+        ],
+        ids=["below exact", "above blockwise"],
+    )
+    def test_violated_where_pathwise_is_out_of_order(self, broken):
+        assert robustness_verdict(with_paths(chain(), **broken)).status == "VIOLATED"
+
+    @pytest.mark.parametrize(
+        ("dtype", "gap", "status"),
+        [
+            ("float32", 0.01, "ASSUMPTION_UNMET"),
+            ("float32", 1e-4, "HOLDS"),
+            ("bfloat16", 0.01, "HOLDS"),
+            ("bfloat16", 0.2, "ASSUMPTION_UNMET"),
+        ],
+    )
+    def test_paths_that_do_not_add_up_to_the_jacobian(self, dtype, gap, status):
+        verdict = robustness_verdict(relabelled(with_paths(chain(), gap=gap), dtype=dtype))
+        assert verdict.status == status
+        assert ("two of them share a way" in verdict.advice) == (status == "ASSUMPTION_UNMET")
+
+    @pytest.mark.parametrize("why", [{"kappa": None}, {"skips": [{"kappa": None}, {"kappa": 1.0}]}])
+    def test_more_than_a_constant_counts_with_its_norm(self, why):
+        norms = sampled(
+            "lipschitz", "skip", np.broadcast_to([[[3.0]], [[0.0]]], (2, 1, 8))[None, :, 0]
+            .repeat(3, 0), first_level=1,
+        )  # fmt: skip
+        evidence = relabelled(joined(chain(), training(norms)), **why)
+        expected = 3 * 2 + 0 * 2 + 3 * 2
+        np.testing.assert_array_equal(
+            robustness_chain(evidence).blockwise, np.full((3, 8), expected)
+        )
+
+    def test_a_constant_of_the_network_itself_counts(self):
+        evidence = relabelled(chain(), skips=[{"kappa": 0.5}, {"kappa": 2.0}])
+        assert evidence.kappa == [0.5, 1.0]
+        expected = 0.5 * 2 + 1.0 * 2 + 3 * 2
+        np.testing.assert_array_equal(
+            robustness_chain(evidence).blockwise, np.full((3, 8), expected)
+        )
+
+
+class TestTable:
+    def test_by_hand(self):
+        rows = sensitivity_table(with_paths(chain(), around=0.25))
+        assert len(rows) == 3
+        assert rows[0] == {
+            "measured": 1.0, "exact": 4.0, "pathwise": 5.75, "blockwise": 9.25, "paper": 16.25,
+            "paths": [3.0, 1.5], "middle": 1.0, "around": 0.25, "gap": 1e-6,
+        }  # fmt: skip
+
+    def test_means_over_samples(self):
+        rows = sensitivity_table(with_paths(chain(exact=one_of(4, 12))))
+        assert [row["exact"] for row in rows] == [4.0, 5.0, 4.0]
+
+    def test_without_paths(self):
+        row = sensitivity_table(chain())[0]
+        assert row["pathwise"] is None
+        assert row["paths"] is None
+        assert sensitivity_table(trace()) == []

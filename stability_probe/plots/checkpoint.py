@@ -1,0 +1,135 @@
+"""Figures of one network, as it is, at several noise levels.
+
+Bound and measurement are always on the same axes; see `figures` for colours and style.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from stability_probe.plots.figures import BOUND, MEASURED, PALETTE, grid, legend, title
+
+HIERARCHY = {
+    "paper": ("Theorem 3.4", BOUND),
+    "blockwise": ("block by block", PALETTE[1]),
+    "pathwise": ("path by path", PALETTE[4]),
+    "exact": ("σ$_{max}$(J), exact", PALETTE[2]),
+    "measured": ("measured, random directions", MEASURED),
+}
+"""What is drawn of the hierarchy, the largest first."""
+
+
+def plot_hierarchy(table: pd.DataFrame) -> Figure:
+    """The bounds of Theorem 3.4, σ_max(J) and the measurement, by noise level.
+
+    Args:
+        table: from `tables.hierarchy`.
+    """
+    figure, axes = grid(1, 1, size=(6.4, 4.2))
+    ax: Axes = axes[0, 0]
+    levels = list(table.noise_level.unique())
+    for key, (name, colour) in HIERARCHY.items():
+        mine = table[table.quantity == key].groupby("noise_level", sort=False).value
+        if not len(mine):
+            continue
+        spread = mine.agg(["min", "median", "max"]).loc[levels]
+        at = np.arange(len(levels))
+        ax.vlines(at, spread["min"], spread["max"], color=colour, alpha=0.4, lw=3)
+        ax.plot(at, spread["median"], "o-", color=colour, label=name, ms=5)
+        last = float(spread["median"].iloc[-1])
+        ax.annotate(f"{last:.3g}", (at[-1], last), xytext=(8, 0), textcoords="offset points",
+                    va="center", fontsize=8, color=colour)  # fmt: skip
+    ax.set_yscale("log")
+    ax.set_xticks(np.arange(len(levels)), levels)
+    ax.margins(x=0.15)
+    ax.set(ylabel="output change / input change")
+    legend(figure, ax)
+    title(figure, "Sensitivity to the input, and its bounds (median and range over samples)")
+    return figure
+
+
+def plot_paths(table: pd.DataFrame) -> Figure:
+    """κ_i‖P_i‖ of every skip and of the middle, by noise level: which skip carries the sensitivity.
+
+    Args:
+        table: from `tables.paths`.
+    """
+    levels = list(table.noise_level.unique())
+    figure, axes = grid(1, len(levels), sharey="row", size=(3.0, 3.2))
+    for c, noise_level in enumerate(levels):
+        ax: Axes = axes[0, c]
+        mine = table[table.noise_level == noise_level].groupby("path", sort=False).value
+        spread = mine.agg(["min", "median", "max"])
+        at = np.arange(len(spread))
+        ax.bar(at, spread["median"], color=PALETTE[4], label="κ$_i$‖P$_i$‖, norm of the path")
+        ax.vlines(at, spread["min"], spread["max"], color="black", lw=1)
+        exact = float(table[table.noise_level == noise_level].exact.median())
+        ax.axhline(exact, color=PALETTE[2], lw=1.2, label="σ$_{max}$(J), exact")
+        ax.set_xticks(at, spread.index, fontsize=8)
+        ax.set_title(noise_level)
+        ax.set_xlabel("skip (1 = outermost)")
+    axes[0, 0].set_ylabel("output change / input change")
+    legend(figure, axes[0, 0])
+    title(figure, "Which skip carries the sensitivity (median and range over samples)")
+    return figure
+
+
+def plot_counterfactual(table: pd.DataFrame) -> Figure:
+    """‖h_i‖² with all κ times s against Σ(sκ_j)², both relative to s = 1: Theorem 3.1 says a line.
+
+    Args:
+        table: from `tables.counterfactual`.
+    """
+    noise_levels = list(table.noise_level.unique())
+    figure, axes = grid(1, len(noise_levels), sharey="row", size=(3.2, 3.4))
+    levels = sorted(table.level.unique())
+    colours: list[Any] = list(sns.color_palette("viridis", len(levels)))
+    for c, noise_level in enumerate(noise_levels):
+        ax: Axes = axes[0, c]
+        for colour, level in zip(colours, levels, strict=True):
+            mine = table[(table.noise_level == noise_level) & (table.level == level)]
+            spread = mine.groupby("signal").energy.quantile([0.25, 0.75]).unstack()
+            mean = mine.groupby("signal").energy.mean()
+            ax.vlines(spread.index, spread[0.25], spread[0.75], color=colour, alpha=0.5)
+            ax.plot(
+                mean.index, mean, "o", color=colour, ms=4, label=f"‖h$_{{{level}}}$‖², measured"
+            )
+            slope, offset = np.polyfit(mean.index, mean, 1)
+            ax.plot([0, 1], [offset, offset + slope], color=colour, lw=1,
+                    label=f"line through ‖h$_{{{level}}}$‖²")  # fmt: skip
+        ax.set_title(noise_level)
+        ax.set_xlabel("Σ$_{j>i}$(sκ$_j$)² relative to s = 1")
+    axes[0, 0].set_ylabel("‖h$_i$‖² relative to s = 1")
+    legend(figure, axes[0, 0])
+    title(figure, "Same weights, all κ times s: Theorem 3.1 says a line (mean and quartiles)")
+    return figure
+
+
+def plot_energies(table: pd.DataFrame) -> Figure:
+    """‖h_i‖² over levels beside the band of Theorem 3.1, by noise level.
+
+    Args:
+        table: from `tables.energies`.
+    """
+    noise_levels = list(table.noise_level.unique())
+    figure, axes = grid(1, len(noise_levels), sharey="row", size=(3.0, 3.2))
+    for c, noise_level in enumerate(noise_levels):
+        ax: Axes = axes[0, c]
+        mine = table[table.noise_level == noise_level].groupby("level")
+        spread = mine.energy.quantile([0.05, 0.5, 0.95]).unstack()
+        band = mine[["lower", "upper"]].median()
+        ax.fill_between(band.index, band.lower, band.upper, color=BOUND, alpha=0.2, lw=0,
+                        label="band of Theorem 3.1, fitted")  # fmt: skip
+        ax.vlines(spread.index, spread[0.05], spread[0.95], color=MEASURED, alpha=0.5)
+        ax.plot(spread.index, spread[0.5], "o", color=MEASURED, ms=5, label="measured")
+        ax.set_yscale("log")
+        ax.set_title(noise_level)
+        ax.set_xlabel("level i (0 = output side)")
+    axes[0, 0].set_ylabel("‖h$_i$‖²")
+    legend(figure, axes[0, 0])
+    title(figure, "Feature energy, and the band of Theorem 3.1 (median, 5–95 % of samples)")
+    return figure

@@ -1,0 +1,127 @@
+"""Theorem 3.1 on one network: its energies with all κ multiplied by s, against Σ(sκ_j)²."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stability_probe.theory import skip_energy_sum
+from stability_probe.verify.evidence import Evidence
+from stability_probe.verify.statistics import FEWEST_UNITS, Interval, bootstrap_interval
+from stability_probe.verify.verdict import Status, Verdict
+
+LINEAR = 0.9
+"""Share of the variation with s that a line in Σκ² has to account for."""
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """Energies of one network under multiples of its κ.
+
+    Attributes:
+        factors: the values of s, rising, (factors,).
+        signal: Σ_{j>i} (sκ_j)² for every factor and level, (factors, levels); level N has no skips.
+        energy: ‖h_i‖²/‖x_t‖², (factors, steps, levels, samples).
+    """
+
+    factors: np.ndarray
+    signal: np.ndarray
+    energy: np.ndarray
+
+    @classmethod
+    def of(cls, run: Evidence) -> "Counterfactual":
+        """What a run recorded; no factors if it recorded nothing."""
+        rows = run.frame[run.frame.metric == "counterfactual_energy"]
+        sites = sorted(rows.site.unique(), key=lambda site: float(site.removeprefix("s=")))
+        factors = np.array([float(site.removeprefix("s=")) for site in sites])
+        if not sites:
+            return cls(factors, np.empty((0, 0)), np.empty((0, 0, 0, 0)))
+        x = run.samples("sample_energy", "x")
+        energy = np.stack([run.samples("counterfactual_energy", site) / x for site in sites])
+        sums = [skip_energy_sum(run.kappa, i, "tight") for i in range(energy.shape[2])]
+        return cls(factors, np.outer(factors**2, sums), energy)
+
+    def fits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Least-squares line of every sample's energy on the signal.
+
+        Returns:
+            Slopes, squared residuals and squared deviations from the mean over s, each
+            (steps, levels, samples); levels that no skip feeds are NaN.
+        """
+        dx = (self.signal - self.signal.mean(0))[:, None, :, None]
+        dy = self.energy - self.energy.mean(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            slope = (dx * dy).sum(0) / (dx**2).sum(0)
+        return slope, ((dy - slope * dx) ** 2).sum(0), (dy**2).sum(0)
+
+
+def counterfactual_verdict(run: Evidence) -> Verdict:
+    """R² and slope of ‖h_i‖²/‖x_t‖² on Σ(sκ_j)², at the level and noise level where R² is smallest.
+
+    The units are samples: each has a line of its own, and R² is pooled over them.
+    """
+    claim = "same weights, all κ times s: ‖h_i‖² is linear in Σ(sκ_j)² and rises with it"
+    found = Counterfactual.of(run)
+    n = found.energy.shape[3]
+    if n < FEWEST_UNITS:
+        advice = f"{n} samples were measured and {FEWEST_UNITS} are needed"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=n)
+    if not np.isfinite(found.energy).all():
+        advice = "some ‖h_i‖² is infinite or NaN, or some ‖x_t‖² is 0"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=n, unmet=True)
+    if not found.signal.any():
+        advice = "every κ is 0: there is nothing to scale"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=n, unmet=True)
+    slope, residual, total = found.fits()
+    fed = np.isfinite(slope).all(axis=2)
+    if not (total[fed].sum(axis=1) > 0).all():
+        advice = "some ‖h_i‖² does not change with κ at all: skips lead past it"
+        return Verdict.undecided("3.1", run.name, claim, advice, n=n, unmet=True)
+
+    def explained(at: tuple[int, int], samples: np.ndarray) -> float:
+        return float(1 - residual[at][samples].sum() / total[at][samples].sum())
+
+    everyone = np.arange(n)
+    places = [(int(step), int(level)) for step, level in np.argwhere(fed)]
+    worst = min(places, key=lambda at: explained(at, everyone))
+    flattest = min(places, key=lambda at: float(slope[at].mean()))
+    share = bootstrap_interval(lambda s: explained(worst, s), n)
+    rise = bootstrap_interval(lambda s: float(slope[flattest][s].mean()), n)
+    assert share is not None and rise is not None
+    at_one = found.energy[-1][worst].mean()
+    return Verdict(
+        "3.1",
+        run.name,
+        claim,
+        _status(share, rise),
+        measured=float(at_one),
+        bound=_extrapolated(found, worst),
+        statistic=f"R² of the line, worst: {_place(run, worst)} (needs {LINEAR:g})",
+        estimate=explained(worst, everyone),
+        interval=share,
+        n=n,
+        advice=f"least slope c₁ = {slope[flattest].mean():.3g} [{rise[0]:.3g}, {rise[1]:.3g}] at "
+        f"{_place(run, flattest)}; the bound is the line through s < 1, drawn on to s = 1",
+    )
+
+
+def _status(share: Interval, rise: Interval) -> Status:
+    """HOLDS if the line surely fits and surely rises; VIOLATED if it surely does not."""
+    if share[0] >= LINEAR and rise[0] > 0:
+        return "HOLDS"
+    return "VIOLATED" if share[1] < LINEAR or rise[1] <= 0 else "INCONCLUSIVE"
+
+
+def _place(run: Evidence, at: tuple[int, int]) -> str:
+    step, level = at
+    levels = run.info.get("noise_levels")
+    return f"h_{level}" + (f" at t = {levels[step]:g}" if levels else "")
+
+
+def _extrapolated(found: Counterfactual, at: tuple[int, int]) -> float | None:
+    """The mean energy at the largest s that the line through the smaller ones gives."""
+    step, level = at
+    x, y = found.signal[:, level], found.energy[:, step, level].mean(axis=1)
+    if len(x) < 3:
+        return None
+    slope, offset = np.polyfit(x[:-1], y[:-1], 1)
+    return float(offset + slope * x[-1])
