@@ -6,11 +6,14 @@ from .probes import ProbeBatch as ProbeBatch
 from .probes import StabilityProbe as StabilityProbe
 from .runs import Run as Run
 from .skips import ConstantScaling as ConstantScaling
+from .skips import FreeU as FreeU
 from .skips import InverseSqrt2 as InverseSqrt2
 from .skips import LearnableScaling as LearnableScaling
+from .skips import SCTuner as SCTuner
 from .skips import SkipConnection as SkipConnection
 from .skips import Uniform as Uniform
 from .skips import Unscaled as Unscaled
+from .skips import choose_skips as choose_skips
 from .skips import find_skips as find_skips
 from .skips import scale_skips as scale_skips
 from .verify import Verdict as Verdict

@@ -6,11 +6,13 @@ Heavy imports are inside the commands, so that `--help` is quick.
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from stability_probe.cli import options
 from stability_probe.errors import StabilityProbeError, TrainingDiverged
 
 INTERRUPTED = 130
@@ -51,7 +53,8 @@ def train(
     scheme: Annotated[
         str,
         typer.Option(
-            help="Scaling: unscaled, inverse-sqrt2, uniform:C, cs:KAPPA, ls or ls-non-shared."
+            help="Scaling: unscaled, inverse-sqrt2, uniform:C, cs:KAPPA, ls, ls-non-shared, freeu "
+            "or sc-tuner."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Run folder to make.")],
@@ -135,13 +138,109 @@ def plot(
         print(file)
 
 
+@app.command()
+def skips(
+    checkpoint: options.Checkpoint,
+    model: options.Model = None,
+    model_args: options.ModelArgs = "{}",
+    weights: options.Weights = "model",
+    trust_pickle: options.TrustPickle = False,
+    partial: options.Partial = False,
+    chosen: options.Skips = None,
+    input: options.Input = None,
+    kwargs: options.Arguments = None,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Find the long skip connections of a network."""
+    from stability_probe.cli.console import note, print_skips
+    from stability_probe.cli.subject import open_subject
+
+    what = options.SubjectOptions(
+        checkpoint, model, model_args, weights, trust_pickle, partial, chosen or [], input,
+        kwargs, device=device, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    subject = open_subject(what)
+    if as_json:
+        print(json.dumps([s.as_dict() for s in subject.skips], indent=2))
+    else:
+        note(subject.checkpoint.description)
+        print_skips(subject.skips)
+
+
+@app.command()
+def probe(
+    checkpoint: options.Checkpoint,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to make.")],
+    model: options.Model = None,
+    model_args: options.ModelArgs = "{}",
+    weights: options.Weights = "model",
+    trust_pickle: options.TrustPickle = False,
+    partial: options.Partial = False,
+    chosen: options.Skips = None,
+    input: options.Input = None,
+    kwargs: options.Arguments = None,
+    noise_levels: Annotated[
+        str | None,
+        typer.Option(metavar="T,T,...", help="Noise levels. Default: a low, a middle, a high one."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="What the network predicts: epsilon, sample or v_prediction. Gradients are "
+            "measured only if it is given."
+        ),
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="Scale the skips first, by a scheme that `train` knows."),
+    ] = None,
+    batch: options.Batch = 96,
+    sensitive: Annotated[
+        int, typer.Option(help="How many of the samples Jacobians are taken on.")
+    ] = 4,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure a trained network: features, sensitivity, gradients; hold them against theorems."""
+    from stability_probe.cli.console import print_sensitivity, print_skips, print_verdicts
+    from stability_probe.cli.probe import ProbeOptions, run_probe
+
+    what = options.SubjectOptions(
+        checkpoint, model, model_args, weights, trust_pickle, partial, chosen or [], input,
+        kwargs, batch, device, dtype, seed,
+    )  # fmt: skip
+    found = run_probe(what, ProbeOptions(out, noise_levels, target, scheme, sensitive))
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+        return
+    print_skips(found.subject.skips)
+    print_sensitivity(found.sensitivity, found.run.info["noise_levels"])
+    print_verdicts(found.verdicts)
+    print(f"run: {found.run.path}")
+    for file in found.figures:
+        print(f"figure: {file}")
+
+
 def error(message: str) -> None:
     """Print one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
 
+def _warn(message: Warning | str, *about: Any, **more: Any) -> None:
+    """Print a warning as one line on stderr."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line; every error that a user can cause becomes one line and exit code 2."""
+    warnings.showwarning = _warn
+    for category in (DeprecationWarning, FutureWarning):  # the libraries' own affairs
+        warnings.simplefilter("ignore", category)
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer has caught the interrupt itself

@@ -1,9 +1,10 @@
 """What the commands print: verdict tables, progress, one-line errors."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from stability_probe.skips import SkipConnection
 from stability_probe.verify import Verdict
 
 PIPE_WIDTH = 154
@@ -44,7 +46,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     The columns: run, measured value, bound, slack = bound / measured, the statistic that the
     verdict rests on with its 95 % interval, number of independent units, verdict.
     """
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = _console()
     header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [95 % interval]"}
     console.print(_table([[Text(text, style="bold") for text in header.values()]]))
     for (theorem, claim), group in groupby(verdicts, key=lambda v: (v.theorem, v.claim)):
@@ -72,6 +74,61 @@ def _table(rows: Sequence[Sequence[Text]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_skips(skips: Sequence[SkipConnection]) -> None:
+    """Print long skips as a table, the outermost first."""
+    if not skips:
+        print("no long skips (N = 0)")
+        return
+    console = _console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("level", "source", "sink", "merge", "shape", "κ as found"):
+        table.add_column(name, justify="right" if name == "level" else "left", no_wrap=True)
+    for s in skips:
+        kappa = "changed on its way" if s.kappa is None else f"{s.kappa:.4g}"
+        shape = "×".join(map(str, s.shape))
+        table.add_row(
+            str(s.level), s.source or "(input)", s.sink or "(model)", s.merge, shape, kappa
+        )
+    console.print(table, soft_wrap=True)
+
+
+def print_sensitivity(rows: Sequence[Mapping[str, Any]], levels: Sequence[float] | None) -> None:
+    """Print the hierarchy of Theorem 3.4, and the share of every path, by noise level."""
+    console = _console()
+    names = {
+        "measured": "measured", "exact": "σmax(J)", "pathwise": "path by path",
+        "blockwise": "block by block", "paper": "Theorem 3.4",
+    }  # fmt: skip
+    head = ["t"] if levels else []
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (*head, *names.values()):
+        table.add_column(name, justify="right", no_wrap=True)
+    for k, row in enumerate(rows):
+        first = [f"{levels[k]:g}"] if levels else []
+        table.add_row(*first, *(_number(row[key]) for key in names))
+    console.print(Text("\nSensitivity to the input, mean over samples", style="bold"))
+    console.print(table)
+    paths = Table(box=None, pad_edge=False, header_style="bold")
+    n = len(rows[0]["paths"])
+    for name in (*head, *(f"skip {i}" for i in range(1, n + 1)), "middle", "around"):
+        paths.add_column(name, justify="right", no_wrap=True)
+    for k, row in enumerate(rows):
+        first = [f"{levels[k]:g}"] if levels else []
+        paths.add_row(*first, *map(_number, (*row["paths"], row["middle"], row["around"])))
+    console.print(Text("\nNorm of every path, κᵢ‖Pᵢ‖: which skip carries it", style="bold"))
+    console.print(paths)
+    print()
+
+
+def note(text: str) -> None:
+    """Print one line on stderr."""
+    print(f"note: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
 @contextmanager
