@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-_CONCAT = {"cat", "concat", "concatenate"}
+_CONCAT = {"cat", "concat", "concatenate", "hstack"}
 _ADD = {
     *("add", "add_", "__add__", "__iadd__", "__radd__"),
     *("sub", "sub_", "subtract", "__sub__", "__isub__", "__rsub__", "rsub"),
+    *("lerp", "lerp_", "addcmul", "addcmul_"),
 }
 
 _MODULE_FILE = nn.modules.module.__file__
@@ -25,9 +26,10 @@ class Merge:
     """A call that joins tensors.
 
     Attributes:
-        kind: `"concat"`, or `"add"` for sums and differences.
+        kind: `"concat"`, or `"add"` for sums, differences and weighted sums.
         operands: the tensors, in the order in which the call names them.
-        factors: what the call itself multiplies each of them by: -1 or `alpha` in sums.
+        factors: what the call itself multiplies each of them by: -1 or `alpha` in sums; `None` if
+            that is a tensor.
         dim: the dimension of a concatenation, from 0; 0 for a sum.
         args: the call's positional arguments.
         kwargs: its arguments by name.
@@ -35,7 +37,7 @@ class Merge:
 
     kind: Literal["concat", "add"]
     operands: tuple[Tensor, ...]
-    factors: tuple[float, ...]
+    factors: tuple[float | None, ...]
     dim: int
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -78,17 +80,23 @@ def as_merge(
     operands = tuple(tensors_in((args, joined)))
     if len(operands) < 2:
         return None
-    if name in _ADD:
-        return Merge(
-            "add", operands, _factors(name, float(kwargs.get("alpha", 1))), 0, args, kwargs
-        )
+    if name in _ADD:  # a third tensor is a weight
+        return Merge("add", operands[:2], _factors(name, args, kwargs), 0, args, kwargs)
     dim = kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0))
-    dim = int(dim) % max(1, operands[0].ndim)
+    dim = int(dim if name != "hstack" else 1) % max(1, operands[0].ndim)
     return Merge("concat", operands, (1.0,) * len(operands), dim, args, kwargs)
 
 
-def _factors(name: str, alpha: float) -> tuple[float, float]:
-    """What a sum multiplies its operands by."""
+def _factors(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[float | None, float | None]:
+    """What a sum multiplies its first two operands by."""
+    if name.startswith("lerp"):  # (1 - w) first + w second
+        weight = kwargs.get("weight", args[-1])
+        return (None, None) if isinstance(weight, Tensor) else (1.0 - weight, float(weight))
+    if name.startswith("addcmul"):
+        return 1.0, None
+    alpha = float(kwargs.get("alpha", 1))
     if name in ("rsub", "__rsub__"):
         return -alpha, 1.0
     return 1.0, -alpha if "sub" in name else alpha
@@ -109,10 +117,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
-def running(frame: FrameType | None) -> tuple[nn.Module | None, int]:
+def running(frame: FrameType | None) -> tuple[nn.Module | None, int, str]:
     """The module whose `forward` led to a frame, the innermost one, and the line it has reached.
 
-    The line is 0 where a module's code is not its own (a graph that is interpreted).
+    The file of that line comes third. The line is 0 where a module's code is not its own (a graph
+    that is interpreted).
     """
     below = frame
     while frame is not None and below is not None:
@@ -122,6 +131,7 @@ def running(frame: FrameType | None) -> tuple[nn.Module | None, int]:
         if called or watched:
             own_code = not below.f_code.co_filename.startswith(_INTERPRETERS)
             owner = frame.f_locals["self"]
-            return owner.module if watched else owner, below.f_lineno if own_code else 0
+            line = below.f_lineno if own_code else 0
+            return owner.module if watched else owner, line, below.f_code.co_filename
         below, frame = frame, frame.f_back
-    return None, 0
+    return None, 0, ""

@@ -151,7 +151,7 @@ class _Watching(TorchFunctionMode):
         merge = as_merge(func, args, kwargs)
         if merge is None or self.watched.running[-1] is not self:
             return func(*args, **kwargs)
-        module, line = running(sys._getframe(1))
+        module, line, _ = running(sys._getframe(1))
         if module is not self.watched.module:
             return func(*args, **kwargs)
         key = (merge.kind, line)

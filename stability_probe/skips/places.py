@@ -104,7 +104,8 @@ class _Places:
     def _output(self, node: int, span: Span) -> OutputTap | None:
         """The outermost module that puts out a node alone, and does so before the merge."""
         for call in self.flow.calls[1:]:
-            if call.outputs == [node] and call.left <= span.merge:
+            made = call.entered <= node < call.left  # an identity that runs later did not make it
+            if made and call.outputs == [node] and call.left <= span.merge:
                 return OutputTap(call.path, self.number(call))
         return None
 
@@ -145,9 +146,9 @@ class _Places:
         """The number that u_i is multiplied by on its way, if nothing else happens to it."""
         assert span.node.merge is not None
         factors = span.node.merge.factors
-        if factors[span.main] != 1:
-            return None
         kappa, node = factors[span.operand], span.operand_node(span.operand)
+        if factors[span.main] != 1 or kappa is None:
+            return None
         while node != span.branch:
             about = self.flow.nodes[node]
             if about.factor is None or len(about.carriers) != 1:

@@ -1,5 +1,6 @@
 """A merge, seen as a bridge over the main path."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -53,10 +54,12 @@ class Span:
 
     @property
     def location(self) -> tuple[str, str, int]:
-        """The code that makes the merge: class, kind, line (or, unknown, its place in the call)."""
+        """The code that makes the merge: file, kind, line; or, unknown, class and place in it."""
         assert self.node.merge is not None
-        call = self.flow.calls[self.node.call]
-        return (call.type_name, self.kind, self.node.merge.line or -1 - self.node.merge.ordinal)
+        call, about = self.flow.calls[self.node.call], self.node.merge
+        if about.line:
+            return about.file, self.kind, about.line
+        return call.type_name, self.kind, -1 - about.ordinal
 
     def operand_node(self, position: int) -> int:
         """The node of an operand."""
@@ -71,27 +74,36 @@ class Span:
     @cached_property
     def bridged(self) -> list[Node]:
         """The nodes of the main path from the branch (exclusive) to the merge (exclusive)."""
-        main = self.operand_node(self.main)
-        return [
-            node
-            for node in self.flow.nodes[self.branch + 1 : main + 1]
-            if self.flow.carries(main, node.index) and self.flow.carries(node.index, self.branch)
-        ]
+        return bridged(self.flow, self.branch, self.operand_node(self.main))
 
     @cached_property
     def coarser(self) -> bool:
         """Whether the main path passes a coarser resolution than either end has."""
         ends = [self.operand_shape(self.operand), self.flow.nodes[self.branch].shape]
-        return any(
-            all(_coarser(node.shape, end) for end in ends if len(end) == len(node.shape))
-            for node in self.bridged
-            if _is_spatial(node) and len(node.shape) == len(ends[0])
-        )
+        return pass_coarser(self.bridged, ends)
 
     @cached_property
     def in_one_call(self) -> bool:
         """Whether all that is bridged runs in the module call that makes the merge."""
         return all(self.flow.within(node.call, self.node.call) for node in self.bridged)
+
+
+def bridged(flow: Flow, branch: int, main: int) -> list[Node]:
+    """The nodes on the way from a branch (exclusive) to the main operand of a merge."""
+    return [
+        node
+        for node in flow.nodes[branch + 1 : main + 1]
+        if flow.carries(main, node.index) and flow.carries(node.index, branch)
+    ]
+
+
+def pass_coarser(nodes: Sequence[Node], ends: Sequence[tuple[int, ...]]) -> bool:
+    """Whether some of the nodes have a coarser resolution than all of these shapes."""
+    return any(
+        all(_coarser(node.shape, end) for end in ends if len(end) == len(node.shape))
+        for node in nodes
+        if _is_spatial(node) and len(node.shape) == len(ends[0])
+    )
 
 
 def _is_spatial(node: Node) -> bool:

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from stability_probe.errors import StabilityProbeError
 from stability_probe.skips.merges import Merge, as_merge, function_name, running, tensors_in
 
-_PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__imul__", "__rmul__"}
+PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__imul__", "__rmul__"}
 _QUOTIENTS = {"div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__"}
 _NEGATIONS = {"neg", "neg_", "negative", "negative_", "__neg__"}
 _SAME_VALUES = {
@@ -53,8 +53,9 @@ class Node:
         index: its number in the order of execution; the main input is 0.
         function: the function's name.
         parents: the nodes whose results it takes.
-        carriers: those of them whose content goes on; a product's factor that is further from the
-            input is a gate on the other, not carried.
+        carriers: those of them whose content goes on. Of a product's factors, one that is spread
+            over the other is a gate on it and not carried, nor is that of two alike which is
+            further from the input.
         depth: longest path from the input along carriers.
         call: the module call that it is executed in.
         shape: the (first) result's shape.
@@ -86,14 +87,16 @@ class MergeCall:
         dim: the dimension of a concatenation.
         line: the line in the `forward` of the module that makes it, or 0 if it is not known.
         ordinal: how many merges of this kind come before it on the same line of the same call.
+        file: the file of that line.
     """
 
     kind: Literal["concat", "add"]
     operands: tuple[tuple[int, tuple[int, ...]], ...]
-    factors: tuple[float, ...]
+    factors: tuple[float | None, ...]
     dim: int
     line: int
     ordinal: int
+    file: str
 
 
 @dataclass
@@ -283,33 +286,38 @@ class _Tracer(TorchFunctionMode):
         parents = {node for _, node, _ in given if node is not None}
         own = any(True for _ in self._module(self._open[-1]).parameters(recurse=False))
         parametric = own or any(isinstance(t, nn.Parameter) for t, _, _ in given)
-        index = self._add(
-            name,
-            parents,
-            results[0],
-            parametric=parametric,
-            factor=factor,
-            merge=merge,
-        )
+        full = {n for t, n, _ in given if n is not None and t.shape == results[0].shape}
+        carriers = self._carriers(parents, full) if name in PRODUCTS else parents
+        about = {"parametric": parametric, "factor": factor, "merge": merge}
+        index = self._add(name, parents, carriers, results[0], **about)
         for t in results:
             self._point(t, index, written=any(t is old for old, _, _ in given))
 
-    def _add(self, name: str, parents: set[int], result: Tensor, **about: Any) -> int:
-        depths = {parent: self.flow.nodes[parent].depth for parent in parents}
-        least = min(depths.values()) if name in _PRODUCTS else -1
-        carriers = frozenset(p for p, depth in depths.items() if least in (-1, depth))
-        depth = 1 + max(depths[parent] for parent in carriers)
-        return self.flow.add(
-            function=name, parents=frozenset(parents), carriers=carriers, depth=depth,
-            call=self._open[-1], shape=tuple(result.shape), **about,
-        )  # fmt: skip
+    def _carriers(self, parents: set[int], full: set[int]) -> set[int]:
+        """Which factors of a product are its content; `full` are those of the product's shape."""
+        content = full or parents
+        least = min(self.flow.nodes[node].depth for node in content)
+        return {node for node in content if self.flow.nodes[node].depth == least}
 
-    def _place(self, merge: Merge) -> tuple[int, int]:
-        """The line of a merge, and its number on that line in this call."""
-        line = running(sys._getframe(2))[1]
+    def _add(
+        self, name: str, parents: set[int], carriers: set[int], result: Tensor, **about: Any
+    ) -> int:
+        return self.flow.add(
+            function=name,
+            parents=frozenset(parents),
+            carriers=frozenset(carriers),
+            depth=1 + max(self.flow.nodes[node].depth for node in carriers),
+            call=self._open[-1],
+            shape=tuple(result.shape),
+            **about,
+        )
+
+    def _place(self, merge: Merge) -> tuple[int, int, str]:
+        """The line of a merge, its number on that line in this call, and the line's file."""
+        _, line, file = running(sys._getframe(2))
         key = (self._open[-1], merge.kind, line)
         self._merges[key] = self._merges.get(key, -1) + 1
-        return line, self._merges[key]
+        return line, self._merges[key], file
 
     def _point(self, tensor: Tensor, node: int, *, written: bool) -> None:
         self._node_of[tensor] = (node, _version(tensor))
@@ -362,7 +370,7 @@ class _Tracer(TorchFunctionMode):
         given = (self._find(t) for t in tensors_in(args))
         parents = {*call.arguments.values(), *(node for node in given if node is not None)}
         if parents and unseen and saw_nothing:
-            node = self._add("opaque", parents, unseen[0], parametric=True)
+            node = self._add("opaque", parents, parents, unseen[0], parametric=True)
             for t in unseen:
                 self._point(t, node, written=False)
         nodes = [self._find(t) for t in results]
@@ -397,7 +405,7 @@ def _type_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _describe(merge: Merge, given: list[_Given], place: tuple[int, int]) -> "MergeCall":
+def _describe(merge: Merge, given: list[_Given], place: tuple[int, int, str]) -> "MergeCall":
     node_of = {id(t): -1 if node is None else node for t, node, _ in given}
     operands = tuple((node_of[id(t)], tuple(t.shape)) for t in merge.operands)
     return MergeCall(merge.kind, operands, merge.factors, merge.dim, *place)
@@ -411,19 +419,19 @@ def _factor(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> floa
         return 1.0
     if name in _NEGATIONS:
         return -1.0
-    if name not in _PRODUCTS | _QUOTIENTS or len(args) != 2 or kwargs:
+    if name not in PRODUCTS | _QUOTIENTS or len(args) != 2 or kwargs:
         return None
     numbers = [v for v in args if isinstance(v, int | float) or v.numel() == 1]
     if len(numbers) != 1 or (name in _QUOTIENTS and numbers[0] is not args[1]):
         return None
     number = float(numbers[0])
-    if name in _PRODUCTS:
+    if name in PRODUCTS:
         return number
     return 1 / number if number else None
 
 
 def _pads_with_zeros(
-    input: Any, pad: Any, mode: str = "constant", value: float | None = None
+    input: Any, pad: Any, mode: str = "constant", value: float | int | None = None
 ) -> bool:
     return mode == "constant" and not value
 

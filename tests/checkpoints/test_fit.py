@@ -145,6 +145,12 @@ def test_rejects_another_kind_of_number(dtype):
         load(state)
 
 
+def test_rejects_complex_numbers_for_whole_ones():
+    state = conv_unet().state_dict()
+    state["out.0.num_batches_tracked"] = torch.tensor(1j)
+    assert load(state, strict=False).mismatched == ["out.0.num_batches_tracked"]
+
+
 def test_many_names_are_counted():
     with pytest.raises(StabilityProbeError, match=r"12 missing \('.*', '.*', '.*' and 9 more\);"):
         load({})

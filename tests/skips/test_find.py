@@ -13,8 +13,10 @@ from stability_probe import (
     choose_skips,
     find_skips,
 )
-from stability_probe.skips import OutputTap
+from stability_probe.skips import OutputTap, SkipWarning
 from stability_probe.skips.find import evaluating
+from tests.oracles.architectures.layers import ConvBlock
+from tests.oracles.architectures.unets import Additive, SmallUNet
 from tests.oracles.zoo import ATTENTION, CASES, T, X, hook_count, unet2d
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -254,3 +256,62 @@ def test_a_person_can_choose():
 
 def test_unet2d_is_that_of_diffusers():
     assert isinstance(unet2d(), UNet2DModel)
+
+
+class Joined(SmallUNet):
+    """A UNet whose skips are joined by what is neither a concatenation nor a sum of two."""
+
+    def __init__(self, join):
+        super().__init__(cat=False)
+        self.join = join
+
+    def merge(self, z, u):
+        return self.join(z, u)
+
+
+class InARow(nn.Module):
+    """Several small UNets, one after the other."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.parts = nn.Sequential(*[Additive() for _ in range(n)])
+
+    def forward(self, x):
+        return self.parts(x)
+
+
+class BeforeALongTail(SmallUNet):
+    """A UNet, and thirty layers at its full resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.tail = nn.Sequential(*[ConvBlock(4, 4) for _ in range(30)])
+
+    def decode(self, x):
+        return self.tail(super().decode(x))
+
+
+IMAGE = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+UNSURE = {
+    "stack": (lambda: Joined(lambda z, u: torch.stack([z, u]).sum(0)), "joined .* by stack, which"),
+    "where": (lambda: Joined(lambda z, u: torch.where(u > 0, u, z)), "joined .* by where, which"),
+    "maximum": (lambda: Joined(torch.maximum), "joined .* by maximum, which"),
+    "in a row": (lambda: InARow(4), "8 merges bridge a coarser resolution, but only a small part"),
+    "long tail": (BeforeALongTail, "2 merges bridge a coarser resolution, but only a small part"),
+}
+
+
+@pytest.mark.parametrize("name", UNSURE)
+def test_what_it_is_unsure_of_it_says(name):
+    build, message = UNSURE[name]
+    with pytest.warns(SkipWarning, match=message):
+        assert find_skips(build(), IMAGE) == []
+
+
+def test_what_it_leaves_out_a_person_can_choose():
+    net = BeforeALongTail()
+    found = choose_skips([("enc*", "dec*")], net, IMAGE)
+    assert [(s.level, s.source, s.sink) for s in found] == [
+        (1, "enc1", "dec1"),
+        (2, "enc2", "dec2"),
+    ]

@@ -152,15 +152,15 @@ def ask():
 def test_running_is_the_innermost_module_and_a_line_of_its_forward(helper):
     inner = Asks(helper)
     nn.Sequential(nn.Sequential(inner))(A)
-    module, line = inner.said
-    assert module is inner
+    module, line, file = inner.said
+    assert (module, file) == (inner, Asks.forward.__code__.co_filename)
     first = Asks.forward.__code__.co_firstlineno
     assert line == first + (2 if helper else 4)  # the helper is called from that line
 
 
 def test_running_in_no_module():
-    assert running(sys._getframe()) == (None, 0)
-    assert running(None) == (None, 0)
+    assert running(sys._getframe()) == (None, 0, "")
+    assert running(None) == (None, 0, "")
 
 
 def test_the_line_of_an_interpreted_graph_is_unknown():
@@ -180,6 +180,31 @@ def test_the_line_of_an_interpreted_graph_is_unknown():
     outer = torch.export.unflatten(torch.export.export(nn.Sequential(Sum()), (A,)))
     with Ask():
         outer(A)
-    ((module, line),) = said
+    ((module, line, _),) = said
     assert module is outer.get_submodule("0")
     assert line == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "factors"),
+    [
+        (lambda: torch.lerp(A, B, 0.25), "add", (0.75, 0.25)),
+        (lambda: torch.lerp(A, B, weight=0.25), "add", (0.75, 0.25)),
+        (lambda: A.lerp(B, torch.tensor(0.25)), "add", (None, None)),
+        (lambda: torch.addcmul(A, B, torch.ones(1)), "add", (1.0, None)),
+        (lambda: torch.hstack([A, B]), "concat", (1.0, 1.0)),
+    ],
+)
+def test_weighted_sums_and_stacks(call, kind, factors):
+    seen = []
+
+    class Ask(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(as_merge(func, args, kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    with Ask():
+        call()
+    (merge,) = (m for m in seen if m is not None)
+    assert (merge.kind, merge.factors, len(merge.operands)) == (kind, factors, 2)
+    assert merge.dim == (1 if kind == "concat" else 0)

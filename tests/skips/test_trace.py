@@ -187,6 +187,7 @@ HALF = torch.tensor(0.5)
         (lambda m, x: torch.neg(x), -1.0),
         (lambda m, x: x[:, 1:], 1.0),
         (lambda m, x: F.pad(x, (0, 1)), 1.0),
+        (lambda m, x: F.pad(x, (0, 1), mode="constant", value=0), 1.0),
         (lambda m, x: x.permute(1, 0), 1.0),
         (lambda m, x: x.contiguous().clone(), 1.0),
         (lambda m, x: 4 / x, None),

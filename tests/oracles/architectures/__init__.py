@@ -12,11 +12,13 @@ from tests.oracles.architectures.recursive import RECURSIVE
 from tests.oracles.architectures.segmentation import SEGMENTATION
 from tests.oracles.architectures.transformers import TRANSFORMERS
 from tests.oracles.architectures.unets import UNETS
+from tests.oracles.architectures.variations import VARIATIONS
 from tests.oracles.architectures.without import WITHOUT
 
 ZOO: dict[str, Architecture] = {
     **RECURSIVE,
     **UNETS,
+    **VARIATIONS,
     **SEGMENTATION,
     **DIFFUSION,
     **TRANSFORMERS,

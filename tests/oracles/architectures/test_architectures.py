@@ -83,6 +83,7 @@ CHANGED = {
     ("attention-unet", 1): "gate", ("attention-unet", 2): "gate",
     ("unpadded-3d", 1): "crop", ("unpadded-3d", 2): "crop",
     ("unet-1d", 1): "activation", ("unet-1d", 2): "activation",
+    ("identity-after", 1): "activation", ("identity-after", 2): "activation",
     ("flat-diffusion", 3): "residual", ("flat-diffusion", 5): "residual",
     ("unet2d-skip", 3): "sum with the image", ("unet2d-attention-skip", 3): "sum with the image",
     ("unet2d-condition-freeu", 1): "filter", ("unet2d-condition-freeu", 2): "filter",
@@ -112,7 +113,7 @@ def cropped(u, shape):
     return u
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", sorted(ZOO.keys() - {"read-twice"}))  # its sources run once
 def test_expected_skips(name):
     """Sources run in the order of the levels and sinks in the opposite one; u_i joins there."""
     architecture = ZOO[name]

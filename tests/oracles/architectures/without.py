@@ -288,6 +288,58 @@ class UnrolledCell(nn.Module):
         return self.head(torch.stack(states, dim=1))
 
 
+class ElmanCell(nn.Module):
+    """A recurrence by hand: the state is concatenated with every step's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(4 + 8, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 8)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.step(torch.cat([x[:, t], h], dim=1)))
+        return self.head(h)
+
+
+class InputInjection(nn.Module):
+    """One layer, again and again, that reads the embedded input every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.layer = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.embed(x)
+        z = torch.zeros_like(u)
+        for _ in range(4):
+            z = self.layer(z + u)
+        return self.head(z)
+
+
+class StyleGenerator(nn.Module):
+    """A generator whose images of all resolutions add up to the output, as in StyleGAN2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = nn.Parameter(torch.linspace(-1, 1, 4 * 16).view(1, 4, 4, 4))
+        self.style = nn.Linear(6, 4)
+        self.blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(4))
+        self.to_rgb = nn.ModuleList(nn.Conv2d(4, 3, 1) for _ in range(4))
+
+    def forward(self, z: Tensor) -> Tensor:
+        style = self.style(z)[:, :, None, None]
+        x, image = self.constant, None
+        for block, to_rgb in zip(self.blocks, self.to_rgb, strict=True):
+            x = F.leaky_relu(block(up(x) * style), 0.2)
+            rgb = to_rgb(x * style)
+            image = rgb if image is None else up(image) + rgb
+        assert image is not None
+        return image
+
+
 def _classifier(*blocks: Any, width: int) -> nn.Module:
     return ResNet(*(block() for block in blocks), width=width)
 
@@ -328,6 +380,9 @@ OURS = {
     ),
     "densenet-of-one-block": _image(lambda: DenseBlock(4, 2, 3), width=10),
     "inception": _image(lambda: Inception(4), lambda: Inception(10), width=10),
+    "elman-cell": Architecture(seeded(ElmanCell), (noise(2, 5, 4),)),
+    "input-injection": Architecture(seeded(InputInjection), (noise(2, 4),)),
+    "style-generator": Architecture(seeded(StyleGenerator), (noise(2, 6),)),
     "mixer": _of(Mixer),
     "vit": _of(ViT),
     "vit-of-one-block": _of(ViT, 1),
