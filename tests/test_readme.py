@@ -1,32 +1,94 @@
-"""The README's example runs as it stands, on a model and a loader of the reader's."""
+"""What the README shows runs as it stands, on models and files of the reader's."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from safetensors.torch import save_file
 
 from stability_probe import Run, UViT, UViTConfig
+from stability_probe.cli import main
+from tests.checkpoints.saved_files import FACTORY, conv_unet, diffusers_unet, save_export
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_example_records_a_run_and_prints_verdicts(
+def block(language: str, section: str) -> str:
+    """The one block of code in a section."""
+    text = README.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    (found,) = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return str(found)
+
+
+def batches(channels: int, size: int) -> list[tuple[torch.Tensor, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    t = torch.tensor([0, 300, 600, 999])
+    shape = (4, channels, size, size)
+    return [
+        (torch.randn(shape, generator=generator), t, torch.randn(shape, generator=generator))
+        for _ in range(3)
+    ]
+
+
+def test_probe_your_own_training_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        (torch.randn(4, 1, 8, 8, generator=generator), torch.tensor([0, 300, 600, 999]))
-        for _ in range(3)
-    ]
-    loader = [(x, t, torch.randn(x.shape, generator=generator)) for x, t in batches]
+    loader = batches(1, 8)
     model = UViT(UViTConfig(embed_dim=16, depth=5, num_heads=2))
     x, t, _ = loader[0]
+    example = block("python", "Probe your own training loop")
     exec(example, {"torch": torch, "model": model, "loader": loader, "x": x, "t": t})
     assert Run.open(tmp_path / "runs/cs").info["state"] == "complete"
     assert "3.4 HOLDS" in capsys.readouterr().out
+
+
+def test_stabilise_your_own_unet_in_two_lines() -> None:
+    model = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=2,
+        block_out_channels=(4, 8), down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    x, t, _ = batches(1, 8)[0]
+    before = model(x, t).sample
+    names = {"model": model, "x": x, "t": t}
+    exec(block("python", "Stabilise your own UNet in two lines"), names)
+    assert len(names["skips"]) == 4
+    assert names["scaled"].kappa == pytest.approx([1, 0.7, 0.49, 0.343])
+    assert not torch.allclose(model(x, t).sample, before)
+    names["scaled"].remove()
+    assert torch.equal(model(x, t).sample, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_probe_any_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command with the reader's paths in place of those shown, on few samples."""
+    monkeypatch.chdir(tmp_path)
+    diffusers_unet().save_pretrained(tmp_path / "path/to/unet")
+    torch.save(UViT(UViTConfig(embed_dim=16, depth=5, num_heads=1)).state_dict(), "uvit.pth")
+    save_export(tmp_path)
+    save_file(conv_unet().state_dict(), "net.safetensors")
+    lines = block("bash", "Probe any checkpoint").splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        theirs = {"my.package:make_net": FACTORY, "3,32,32": "1,8,8"}
+        words = [theirs.get(word, word) for word in words]
+        if words[1] == "probe":
+            words += ["--batch", "4", "--sensitive", "1"]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, (line, capsys.readouterr().err)
+    made = sorted(path.name for path in Path("runs").iterdir())
+    assert made == ["exported", "net", "unet", "uvit"]
+    assert all(len(list(Path("runs", name, "figures").iterdir())) == 4 for name in made)
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:

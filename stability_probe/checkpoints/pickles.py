@@ -82,7 +82,11 @@ def _load_weights(path: Path, kind: Kind) -> Any:
         for instructions in pickles:
             check_pickle(path, instructions)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=kind is Kind.TORCH)
+        with (
+            warnings.catch_warnings()
+        ):  # of another protocol, which the refusal that follows covers
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=kind is Kind.TORCH)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error:")[2] or str(error)
         raise pickle.UnpicklingError(reason.partition("Check the documentation")[0]) from error

@@ -70,6 +70,9 @@ def train(
     sensitivity_every: Annotated[
         int, typer.Option(help="Steps between sensitivity measurements; 0 for none.")
     ] = 100,
+    weights: Annotated[
+        Path | None, typer.Option(help="File for the trained weights, as `probe` reads them.")
+    ] = None,
 ) -> None:
     """Train one network with a probe attached."""
     from stability_probe.cli.console import progress
@@ -82,7 +85,7 @@ def train(
     probing = RecordConfig(every=every, sensitivity_every=sensitivity_every)
     with progress() as display:
         task = display.add_task(scheme, total=steps)
-        run = record_training(config, out, probing, lambda _: display.advance(task))
+        run = record_training(config, out, probing, lambda _: display.advance(task), weights)
     probe = run.info["probe"]
     print(f"run: {run.path}\nprobe overhead: {probe['overhead']:.1%} of a bare step")
 
@@ -238,23 +241,30 @@ def _warn(message: Warning | str, *about: Any, **more: Any) -> None:
 
 def main() -> None:
     """Run the command line; every error that a user can cause becomes one line and exit code 2."""
-    warnings.showwarning = _warn
-    for category in (DeprecationWarning, FutureWarning):  # the libraries' own affairs
-        warnings.simplefilter("ignore", category)
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        for category in (DeprecationWarning, FutureWarning):  # the libraries' own affairs
+            warnings.simplefilter("ignore", category)
+        code = _run()
+    sys.exit(code)
+
+
+def _run() -> Any:
+    """Run the command line; the exit code."""
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer has caught the interrupt itself
             raise KeyboardInterrupt
     except UsageProblem as problem:
         error(f"{problem.format_message()} See `stability-probe --help`.")
-        code = 2
+        return 2
     except StabilityProbeError as problem:
         error(str(problem))
-        code = 2
+        return 2
     except TrainingDiverged as problem:
         error(f"{problem}; what was recorded until then is kept")
-        code = 1
+        return 1
     except (typer.Abort, KeyboardInterrupt):
         error("interrupted; what was recorded is kept")
-        code = INTERRUPTED
-    sys.exit(code)
+        return INTERRUPTED
+    return code

@@ -1,6 +1,7 @@
 """The options that commands on a checkpoint share, and how their texts are read."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,11 +134,14 @@ def parse_numbers(text: str, option: str) -> list[float]:
     [50.0, 500.0]
     """
     try:
-        return [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
         raise StabilityProbeError(
             f"{option} {text!r}: must be numbers with commas between them, as in 50,500,950"
-        ) from None
+        )
+    return numbers
 
 
 def parse_json_object(text: str, option: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from stability_probe.checkpoints.conditions import TIMES
 from stability_probe.checkpoints.noise import Schedule, default_levels, load_schedule, noised
+from stability_probe.checkpoints.reading import brief
 from stability_probe.cli.console import note, progress
 from stability_probe.cli.figures import save_figures
 from stability_probe.cli.options import SubjectOptions, parse_numbers
@@ -125,13 +126,21 @@ def _measure(
         "notes": notes,
     }
     config = ProbingConfig(SensitivityConfig(paths=True, chunk=0), what.seed)
-    with progress() as display:
-        task = display.add_task("noise levels", total=len(points))
-        record_checkpoint(
-            subject.model, subject.skips, points, run, scheme=scheme, info=info, config=config,
-            on_point=lambda: display.advance(task),
-            on_smaller=lambda n: note(f"out of memory: going on with {n} samples"),
-        )  # fmt: skip
+    try:
+        with progress() as display:
+            task = display.add_task("noise levels", total=len(points))
+            record_checkpoint(
+                subject.model, subject.skips, points, run, scheme=scheme, info=info, config=config,
+                on_point=lambda: display.advance(task),
+                on_smaller=lambda n: note(f"out of memory: going on with {n} samples"),
+            )  # fmt: skip
+    except StabilityProbeError:
+        raise
+    except Exception as error:  # the network's own code, or an operation without a derivative
+        raise StabilityProbeError(
+            f"{type(subject.model).__name__} cannot be measured ({brief(error)}); what was "
+            f"measured before is in {run.path}"
+        ) from error
 
 
 def _points(

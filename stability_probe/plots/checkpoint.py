@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 from stability_probe.plots.figures import BOUND, MEASURED, PALETTE, grid, legend, title
 
 HIERARCHY = {
-    "paper": ("Theorem 3.4", BOUND),
-    "blockwise": ("block by block", PALETTE[1]),
-    "pathwise": ("path by path", PALETTE[4]),
-    "exact": ("σ$_{max}$(J), exact", PALETTE[2]),
-    "measured": ("measured, random directions", MEASURED),
+    "paper": ("Theorem 3.4", BOUND, "center"),
+    "blockwise": ("block by block", PALETTE[1], "center"),
+    "pathwise": ("path by path", PALETTE[4], "bottom"),
+    "exact": ("σ$_{max}$(J), exact", PALETTE[2], "center"),
+    "measured": ("measured, random directions", MEASURED, "top"),
 }
-"""What is drawn of the hierarchy, the largest first."""
+"""What is drawn of the hierarchy, the largest first: name, colour, side of its number."""
 
 
 def plot_hierarchy(table: pd.DataFrame) -> Figure:
@@ -32,7 +32,7 @@ def plot_hierarchy(table: pd.DataFrame) -> Figure:
     figure, axes = grid(1, 1, size=(6.4, 4.2))
     ax: Axes = axes[0, 0]
     levels = list(table.noise_level.unique())
-    for key, (name, colour) in HIERARCHY.items():
+    for key, (name, colour, side) in HIERARCHY.items():
         mine = table[table.quantity == key].groupby("noise_level", sort=False).value
         if not len(mine):
             continue
@@ -42,7 +42,7 @@ def plot_hierarchy(table: pd.DataFrame) -> Figure:
         ax.plot(at, spread["median"], "o-", color=colour, label=name, ms=5)
         last = float(spread["median"].iloc[-1])
         ax.annotate(f"{last:.3g}", (at[-1], last), xytext=(8, 0), textcoords="offset points",
-                    va="center", fontsize=8, color=colour)  # fmt: skip
+                    va=side, fontsize=8, color=colour)  # fmt: skip
     ax.set_yscale("log")
     ax.set_xticks(np.arange(len(levels)), levels)
     ax.margins(x=0.15)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.models import TheoryUNet
@@ -57,6 +57,7 @@ def record_training(
     path: str | Path,
     probing: RecordConfig | None = None,
     on_step: Callable[[TrainStep], None] | None = None,
+    weights: Path | None = None,
 ) -> Run:
     """Train a network with a probe attached and record it.
 
@@ -65,6 +66,7 @@ def record_training(
         path: a folder for it that holds no run yet.
         probing: what to record.
         on_step: called after every step, e.g. to move a progress bar.
+        weights: a file for the trained weights, those of the scheme under `se` included.
 
     Returns:
         The finished run.
@@ -110,7 +112,17 @@ def record_training(
             probe.step(loss=step.loss)
             if on_step is not None:
                 on_step(step)
+        if weights is not None:
+            _save_weights(model, weights)
     return run
+
+
+def _save_weights(model: nn.Module, file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), file)
+    except (OSError, RuntimeError) as error:  # torch reports a missing folder as the latter
+        raise StabilityProbeError(f"{file}: the weights cannot be written ({error})") from error
 
 
 def _input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]:

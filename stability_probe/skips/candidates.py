@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 
+from stability_probe.skips.flow import Flow, Node
 from stability_probe.skips.span import Span, bridged, pass_coarser
-from stability_probe.skips.trace import PRODUCTS, Flow, Node
+from stability_probe.skips.trace import PRODUCTS
 
 
 def candidates(flow: Flow) -> Iterator[Span]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from stability_probe.skips.connection import SkipConnection
+from stability_probe.skips.flow import Call, Flow
 from stability_probe.skips.operands import OperandTap
 from stability_probe.skips.span import Span
 from stability_probe.skips.taps import ArgumentTap, OutputTap, SliceTap, Tap
-from stability_probe.skips.trace import Call, Flow
 
 
 def describe(flow: Flow, spans: Sequence[Span]) -> list[SkipConnection]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from stability_probe.skips.trace import Flow, Node
+from stability_probe.skips.flow import Flow, Node
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from typing import Any
 from stability_probe.errors import StabilityProbeError
 from stability_probe.skips.candidates import candidates, unknown_joins
 from stability_probe.skips.connection import SkipWarning
+from stability_probe.skips.flow import Flow
 from stability_probe.skips.span import Span
-from stability_probe.skips.trace import Flow
 
 FAR = 0.25
 """A long skip bridges, or lies inside one that bridges, this share of the network's depth."""

@@ -70,6 +70,9 @@ def golub_kahan_norm(
     Returns:
         Estimates with residuals. A map that yields NaN or Inf gives NaN for its sample.
 
+    Raises:
+        ValueError: if the two maps are not each other's transpose.
+
     >>> A = torch.diag(torch.tensor([3.0, 2.0, 1.0]))[None]
     >>> apply = lambda v: (A @ v[..., None])[..., 0]
     >>> norm = golub_kahan_norm(apply, apply, torch.ones(1, 3))
@@ -86,7 +89,10 @@ def golub_kahan_norm(
         u, alpha = _unit(_orthogonal(matvec(right[-1]), left), value)
         left.append(u)
         alphas.append(alpha)
-        v, beta = _unit(_orthogonal(rmatvec(u), right), torch.maximum(value, alpha))
+        back = rmatvec(u)
+        if not betas:
+            _check_adjoint(back, right[0], alpha)
+        v, beta = _unit(_orthogonal(back, right), torch.maximum(value, alpha))
         right.append(v)
         value, residual = _ritz(alphas, betas, beta)
         betas.append(beta)
@@ -160,6 +166,17 @@ def jacobian_norm(
         lost = ~tensor.detach().reshape(samples, -1).isfinite().all(dim=1)
         start = start.masked_fill(lost[:, None], torch.nan)
     return golub_kahan_norm(matvec, rmatvec, start, rtol=rtol, max_products=max_products)
+
+
+def _check_adjoint(back: Tensor, v: Tensor, alpha: Tensor) -> None:
+    r"""Compare $\langle A^\top u, v\rangle$ with $\langle u, Av\rangle$, for $u = Av / \alpha$."""
+    found = (back * v).sum(dim=1)
+    tolerance = 4 * torch.finfo(v.dtype).eps ** 0.5
+    if ((found - alpha).abs() > tolerance * alpha).any():
+        raise ValueError(
+            "products with a Jacobian and with its transpose do not belong together: an operation "
+            "of the network has no derivative of its derivative, or a wrong one"
+        )
 
 
 def _unit(v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

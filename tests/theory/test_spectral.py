@@ -246,3 +246,37 @@ def test_a_sample_may_take_several_rows():
     out = (x.view(2, 12) @ mixing).view(6, 4)
     norm = jacobian_norm(out, x, samples=2, generator=generator, rtol=1e-6)
     assert_matches_dense(norm, mixing.T.expand(2, 12, 12), rtol=1e-6)
+
+
+class Once(torch.autograd.Function):
+    """2x, whose derivative cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def test_a_derivative_that_cannot_be_differentiated_is_refused():
+    """Autograd would leave that path out of products with J, and not out of those with Jᵀ."""
+    x = torch.ones(2, 3, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="do not belong together"):
+        jacobian_norm(Once.apply(x) + x, x, generator=generator)
+    norm = jacobian_norm(2 * x + x, x, generator=generator)
+    torch.testing.assert_close(norm.value, torch.full((2,), 3.0))
+
+
+def test_maps_that_are_not_each_others_transpose():
+    a = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def apply(m):
+        return lambda v: (m @ v[..., None])[..., 0]
+
+    golub_kahan_norm(apply(a), apply(a.mT), torch.ones(1, 4))
+    with pytest.raises(ValueError, match="do not belong together"):
+        golub_kahan_norm(apply(a), apply(a), torch.ones(1, 4))
