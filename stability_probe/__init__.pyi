@@ -1,3 +1,4 @@
+from .checkpoints import load_checkpoint as load_checkpoint
 from .errors import StabilityProbeError as StabilityProbeError
 from .models import TheoryUNet as TheoryUNet
 from .models import UViT as UViT
