@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from stability_probe.plots.figures import BOUND, MEASURED, PALETTE, grid, legend, title
 
@@ -129,6 +130,7 @@ def plot_energies(table: pd.DataFrame) -> Figure:
         ax.set_yscale("log")
         ax.set_title(noise_level)
         ax.set_xlabel("level i (0 = output side)")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 0].set_ylabel("‖h$_i$‖²")
     legend(figure, axes[0, 0])
     title(figure, "Feature energy, and the band of Theorem 3.1 (median, 5–95 % of samples)")

@@ -25,7 +25,10 @@ PUBLIC = {
 TINY = (
     "--steps", 2, "--sensitivity-every", 0, "--width", 16, "--n-skips", 2, "--batch-size", 4,
 )  # fmt: skip
-SCHEMES = ("unscaled", "inverse-sqrt2", "uniform:0.5", "uniform:0", "cs:0.7", "ls", "ls-non-shared")
+SCHEMES = (
+    "unscaled", "inverse-sqrt2", "uniform:0.5", "uniform:0", "cs:0.7", "ls", "ls-non-shared",
+    "sc-tuner",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -57,6 +60,17 @@ class TestTrain:
         result = cli(*train("cs:0.7", tmp_path / "run", "--model", model, "--n-skips", skips))
         assert result.code == 0
         assert len(Run.open(tmp_path / "run").info["skips"]) == skips
+
+    def test_a_filter_needs_feature_maps(self, cli, refused, tmp_path):
+        maps = ("--model", "unet2d", "--n-skips", 4)
+        assert cli(*train("freeu", tmp_path / "run", *maps)).code == 0
+        line = refused(*train("freeu", tmp_path / "other"))
+        assert "needs feature maps with two spatial dimensions" in line
+
+    def test_weights_that_cannot_be_written(self, refused, tmp_path):
+        (tmp_path / "file").touch()
+        line = refused(*train("ls", tmp_path / "run", "--weights", tmp_path / "file" / "w.pth"))
+        assert "the weights cannot be written" in line
 
     def test_settings_reach_the_run(self, cli, tmp_path):
         options = ("--seed", 5, "--data", "uniform", "--learning-rate", 1e-4, "--steps", 4,
