@@ -59,22 +59,17 @@ def plot_paths(table: pd.DataFrame) -> Figure:
     Args:
         table: from `tables.paths`.
     """
-    levels = list(table.noise_level.unique())
-    figure, axes = grid(1, len(levels), sharey="row", size=(3.0, 3.2))
-    for c, noise_level in enumerate(levels):
-        ax: Axes = axes[0, c]
-        mine = table[table.noise_level == noise_level].groupby("path", sort=False).value
-        spread = mine.agg(["min", "median", "max"])
+    figure, panels = _panels(table, "output change / input change")
+    for ax, mine in panels:
+        spread = mine.groupby("path", sort=False).value.agg(["min", "median", "max"])
         at = np.arange(len(spread))
         ax.bar(at, spread["median"], color=PALETTE[4], label="κ$_i$‖P$_i$‖, norm of the path")
         ax.vlines(at, spread["min"], spread["max"], color="black", lw=1)
-        exact = float(table[table.noise_level == noise_level].exact.median())
+        exact = float(mine.exact.median())
         ax.axhline(exact, color=PALETTE[2], lw=1.2, label="σ$_{max}$(J), exact")
         ax.set_xticks(at, spread.index, fontsize=8)
-        ax.set_title(noise_level)
         ax.set_xlabel("skip (1 = outermost)")
-    axes[0, 0].set_ylabel("output change / input change")
-    legend(figure, axes[0, 0])
+    legend(figure, panels[0][0])
     title(figure, "Which skip carries the sensitivity (median and range over samples)")
     return figure
 
@@ -85,16 +80,13 @@ def plot_counterfactual(table: pd.DataFrame) -> Figure:
     Args:
         table: from `tables.counterfactual`.
     """
-    noise_levels = list(table.noise_level.unique())
-    figure, axes = grid(1, len(noise_levels), sharey="row", size=(3.2, 3.4))
+    figure, panels = _panels(table, "‖h$_i$‖² relative to s = 1")
     levels = sorted(table.level.unique())
     colours: list[Any] = list(sns.color_palette("viridis", len(levels)))
-    for c, noise_level in enumerate(noise_levels):
-        ax: Axes = axes[0, c]
+    for ax, mine in panels:
         for colour, level in zip(colours, levels, strict=True):
-            mine = table[(table.noise_level == noise_level) & (table.level == level)]
-            spread = mine.groupby("signal").energy.quantile([0.25, 0.75]).unstack()
-            mean = mine.groupby("signal").energy.mean()
+            energy = mine[mine.level == level].groupby("signal").energy
+            spread, mean = energy.quantile([0.25, 0.75]).unstack(), energy.mean()
             ax.vlines(spread.index, spread[0.25], spread[0.75], color=colour, alpha=0.5)
             ax.plot(
                 mean.index, mean, "o", color=colour, ms=4, label=f"‖h$_{{{level}}}$‖², measured"
@@ -102,10 +94,8 @@ def plot_counterfactual(table: pd.DataFrame) -> Figure:
             slope, offset = np.polyfit(mean.index, mean, 1)
             ax.plot([0, 1], [offset, offset + slope], color=colour, lw=1,
                     label=f"line through ‖h$_{{{level}}}$‖²")  # fmt: skip
-        ax.set_title(noise_level)
         ax.set_xlabel("Σ$_{j>i}$(sκ$_j$)² relative to s = 1")
-    axes[0, 0].set_ylabel("‖h$_i$‖² relative to s = 1")
-    legend(figure, axes[0, 0])
+    legend(figure, panels[0][0])
     title(figure, "Same weights, all κ times s: Theorem 3.1 says a line (mean and quartiles)")
     return figure
 
@@ -116,22 +106,29 @@ def plot_energies(table: pd.DataFrame) -> Figure:
     Args:
         table: from `tables.energies`.
     """
-    noise_levels = list(table.noise_level.unique())
-    figure, axes = grid(1, len(noise_levels), sharey="row", size=(3.0, 3.2))
-    for c, noise_level in enumerate(noise_levels):
-        ax: Axes = axes[0, c]
-        mine = table[table.noise_level == noise_level].groupby("level")
-        spread = mine.energy.quantile([0.05, 0.5, 0.95]).unstack()
-        band = mine[["lower", "upper"]].median()
+    figure, panels = _panels(table, "‖h$_i$‖²")
+    for ax, mine in panels:
+        by_level = mine.groupby("level")
+        spread = by_level.energy.quantile([0.05, 0.5, 0.95]).unstack()
+        band = by_level[["lower", "upper"]].median()
         ax.fill_between(band.index, band.lower, band.upper, color=BOUND, alpha=0.2, lw=0,
                         label="band of Theorem 3.1, fitted")  # fmt: skip
         ax.vlines(spread.index, spread[0.05], spread[0.95], color=MEASURED, alpha=0.5)
         ax.plot(spread.index, spread[0.5], "o", color=MEASURED, ms=5, label="measured")
         ax.set_yscale("log")
-        ax.set_title(noise_level)
         ax.set_xlabel("level i (0 = output side)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0, 0].set_ylabel("‖h$_i$‖²")
-    legend(figure, axes[0, 0])
+    legend(figure, panels[0][0])
     title(figure, "Feature energy, and the band of Theorem 3.1 (median, 5–95 % of samples)")
     return figure
+
+
+def _panels(table: pd.DataFrame, ylabel: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel a noise level, and the rows of the table for each."""
+    names = list(table.noise_level.unique())
+    figure, axes = grid(1, len(names), sharey="row", size=(3.1, 3.3))
+    axes[0, 0].set_ylabel(ylabel)
+    panels = [(axes[0, c], table[table.noise_level == name]) for c, name in enumerate(names)]
+    for (ax, _), name in zip(panels, names, strict=True):
+        ax.set_title(name)
+    return figure, panels

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.skips.connection import SkipConnection
-from stability_probe.skips.scaling import Scaling, _linear
+from stability_probe.skips.scaling import Scaling, linear_layer, seed_from
 
 
 class SCTuner(Scaling):
@@ -62,8 +62,7 @@ class SCTuner(Scaling):
             raise StabilityProbeError(f"sc-tuner: reduction must be at least 1, got {reduction}")
         self.strength, self.reduction = strength, reduction
         self.name = "sc-tuner"
-        # A seed rather than the generator, which can be neither copied nor pickled.
-        self._seed = int(torch.randint(2**31, (), generator=generator)) if generator else 0
+        self._seed = seed_from(generator)
         self._widths: dict[int, int] = {}
 
     def coefficients(self, n_skips: int) -> list[float] | None:
@@ -88,8 +87,8 @@ class SCTuner(Scaling):
         for level, width in widths.items():
             tuner: Any = nn.Module()
             hidden = max(1, width // self.reduction)
-            tuner.layer1 = _linear(width, hidden, generator)
-            tuner.layer2 = _linear(hidden, width, generator)
+            tuner.layer1 = linear_layer(width, hidden, generator)
+            tuner.layer2 = linear_layer(hidden, width, generator)
             for parameter in tuner.layer2.parameters():
                 nn.init.zeros_(parameter)
             self.add_module(str(level), tuner)

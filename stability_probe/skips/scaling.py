@@ -162,8 +162,7 @@ class LearnableScaling(Scaling):
             raise StabilityProbeError(f"ls scaling: reduction must be at least 1, got {reduction}")
         self.shared, self.reduction = shared, reduction
         self.name = "ls" if shared else "ls-non-shared"
-        # A seed rather than the generator, which can be neither copied nor pickled.
-        self._seed = int(torch.randint(2**31, (), generator=generator)) if generator else 0
+        self._seed = seed_from(generator)
         self._network_of: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
 
@@ -193,8 +192,8 @@ class LearnableScaling(Scaling):
             self._network_of[level] = name
             if not hasattr(network, "layer1"):
                 hidden = max(1, size // self.reduction)
-                network.layer1 = _linear(size, hidden, generator)
-                network.layer2 = _linear(hidden, size, generator)
+                network.layer1 = linear_layer(size, hidden, generator)
+                network.layer2 = linear_layer(hidden, size, generator)
             if network is not self:
                 self.add_module(name, network)
 
@@ -210,7 +209,12 @@ class LearnableScaling(Scaling):
         return u * self.gate(u, level)
 
 
-def _linear(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
+def seed_from(generator: torch.Generator | None) -> int:
+    """A seed to keep instead of a generator, which can be neither copied nor pickled."""
+    return int(torch.randint(2**31, (), generator=generator)) if generator else 0
+
+
+def linear_layer(n_in: int, n_out: int, generator: torch.Generator) -> nn.Linear:
     """A linear layer with PyTorch's own initial distribution, drawn from `generator`."""
     layer: nn.Linear = skip_init(nn.Linear, n_in, n_out)
     for parameter in layer.parameters():
