@@ -86,7 +86,7 @@ def plot_counterfactual(table: pd.DataFrame) -> Figure:
     for ax, mine in panels:
         for colour, level in zip(colours, levels, strict=True):
             energy = mine[mine.level == level].groupby("signal").energy
-            spread, mean = energy.quantile([0.25, 0.75]).unstack(), energy.mean()
+            spread, mean = energy.quantile(np.array([0.25, 0.75])).unstack(), energy.mean()
             ax.vlines(spread.index, spread[0.25], spread[0.75], color=colour, alpha=0.5)
             ax.plot(
                 mean.index, mean, "o", color=colour, ms=4, label=f"‖h$_{{{level}}}$‖², measured"
@@ -109,7 +109,7 @@ def plot_energies(table: pd.DataFrame) -> Figure:
     figure, panels = _panels(table, "‖h$_i$‖²")
     for ax, mine in panels:
         by_level = mine.groupby("level")
-        spread = by_level.energy.quantile([0.05, 0.5, 0.95]).unstack()
+        spread = by_level.energy.quantile(np.array([0.05, 0.5, 0.95])).unstack()
         band = by_level[["lower", "upper"]].median()
         ax.fill_between(band.index, band.lower, band.upper, color=BOUND, alpha=0.2, lw=0,
                         label="band of Theorem 3.1, fitted")  # fmt: skip
