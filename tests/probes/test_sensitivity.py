@@ -244,7 +244,20 @@ class TestPaths:
         torch.testing.assert_close(found["path", "around", 0], torch.full((3,), 2.0).double())
         assert (found["path_gap", "J", 0] < 1e-12).all()
 
-    @pytest.mark.parametrize(("name", "gap"), [("attention-unet", True), ("skip-last", False)])
+    def test_a_second_way_out_of_the_middle_goes_around(self, cases):
+        """z_N is read by the output too, which is no part of the path through the merge."""
+        net = ReadsTheMiddle(TheoryUNet(16, 3).double())
+        with measuring(cases["add"], "unscaled", net=net, config=self.PATHS, target=None) as (
+            probe, _,
+        ):  # fmt: skip
+            found = by_site(probe.measure())
+        assert (found["path", "around", 0] > 0.1).all()
+        assert (found["path_gap", "J", 0] < 1e-12).all()
+
+    @pytest.mark.parametrize(
+        ("name", "gap"),
+        [("attention-unet", True), ("skip-last", False), ("additive-in-place", False)],
+    )
     def test_a_gate_that_looks_at_the_decoder_leaves_a_gap(self, name, gap):
         net, (x,) = ZOO[name].build().eval(), ZOO[name].args
         skips = find_skips(net, x)
@@ -267,6 +280,23 @@ class Residual(torch.nn.Module):
 
     def forward(self, x, t=None):
         return self.net(x) + 2 * x
+
+
+class ReadsTheMiddle(TheoryUNet):
+    """The sum of a network's output and of a linear reading of its middle block's."""
+
+    def __init__(self, net):
+        super().__init__(16, 3)
+        self.load_state_dict(net.state_dict())
+        self.double()
+        self.middle.register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        self.kept = output
+
+    def forward(self, x, t=None):
+        out = super().forward(x)
+        return out + self.kept
 
 
 def paths_at(net, t, kappa):
