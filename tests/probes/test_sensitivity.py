@@ -18,6 +18,7 @@ from stability_probe import (
     scale_skips,
 )
 from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityProbe
+from stability_probe.probes.graph import feature_graph
 from stability_probe.skips import parameter_blocks, parse_scaling
 from stability_probe.theory import blockwise_bound, max_block_gain, robustness_bound
 from tests.oracles.architectures import ZOO
@@ -265,6 +266,26 @@ class TestPaths:
         found = by_site(probe.jacobian_norms(probe.batch, torch.Generator().manual_seed(0)))
         assert (found["path_gap", "J", 0].max() > 5e-3) == gap
         assert (found["path_gap", "J", 0].max() < 1e-5) != gap
+
+    def test_rows_of_frames_belong_to_their_sample(self):
+        """A video's features have a row a frame; norms are of whole samples, and in order."""
+        entry = ZOO["unet-motion"]
+        net = entry.build().eval()
+        skips = find_skips(net, *entry.args, **entry.kwargs)
+        batch = ProbeBatch(entry.args, entry.kwargs, per_frame=frozenset({"encoder_hidden_states"}))
+        probe = SensitivityProbe(net, skips, {}, batch, self.PATHS)
+        with torch.no_grad(), feature_graph(net, skips, batch) as nodes:
+            assert len(nodes["z", 1]) > len(batch.x)
+        with sdpa_kernel(SDPBackend.MATH):
+            found = by_site(probe.jacobian_norms(batch, torch.Generator().manual_seed(0)))
+        assert {len(value) for value in found.values()} == {len(batch.x)}
+        paths = [found["path", "skip", s.level] for s in skips]
+        whole = sum(paths) + found["path", "mid", 0]
+        assert (found["sigma_max", "J", 0] <= whole * (1 + 1e-3)).all()
+        blocks = torch.ones(len(batch.x))
+        for s, path in zip(skips, paths, strict=True):
+            blocks = blocks * found["lipschitz", "a", s.level] * found["lipschitz", "b", s.level]
+            assert (path <= blocks * found["lipschitz", "skip", s.level] * (1 + 1e-3)).all()
 
     def test_they_are_not_measured_unless_asked_for(self, case):
         with measuring(case, target=None) as (probe, _):
