@@ -71,7 +71,7 @@ class Probed:
                 "checkpoint": self.subject.checkpoint.description,
                 "notes": self.notes,
                 "skips": [s.as_dict() for s in self.subject.skips],
-                "sensitivity": {**_mean(self.sensitivity), "by_noise_level": rows},
+                "sensitivity": {**mean_over_levels(self.sensitivity), "by_noise_level": rows},
                 "verdicts": [v.as_dict() for v in self.verdicts],
                 "run": str(self.run.path),
                 "figures": list(map(str, self.figures)),
@@ -204,7 +204,7 @@ def _unfit(subject: Subject) -> list[str]:
     return [f"{len(names)} weights {kind}: {', '.join(names)}" for kind, names in named if names]
 
 
-def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def mean_over_levels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The mean over noise levels of everything but the gap, of which it is the largest."""
     mean: dict[str, Any] = {}
     for key in rows[0]:

@@ -1,3 +1,4 @@
+import inspect
 import io
 import logging
 import zipfile
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from stability_probe import StabilityProbeError
-from stability_probe.checkpoints import load_checkpoint
+from stability_probe.checkpoints import exported, load_checkpoint
 from stability_probe.checkpoints.exported import read_export
 from tests.checkpoints.mutations import assert_one_line, explains
 from tests.checkpoints.saved_files import Canary, conv_unet, pack_again, save_export
@@ -168,3 +169,39 @@ def test_a_network_without_weights(tmp_path):
     torch.export.save(program, tmp_path / "net.pt2")
     loaded = load_checkpoint(tmp_path / "net.pt2", trust_pickle=True)
     assert loaded.model(torch.tensor([-1.0, 1.0])).tolist() == [0, 1]
+
+
+@trusted
+def test_classes_of_outputs_are_imported_before_the_archive_is_read(path, monkeypatch):
+    """torch.export cannot read a structured output whose class it has not seen."""
+    name = "tests.checkpoints.saved_files"
+    spec = (
+        '{"out_spec": "[1, {\\"type\\": \\"' + name + '.Output\\", \\"type\\": \\"no.such.C\\"}]"}'
+    )
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("net/more.json", spec)
+    seen = []
+    monkeypatch.setattr(exported.importlib, "import_module", lambda name: seen.append(name))
+    exported._import_outputs(path)
+    assert sorted(seen) == ["no.such", name]
+    monkeypatch.undo()
+    exported._import_outputs(path)  # no.such is not there, which is not its affair
+
+
+@trusted
+def test_what_it_was_exported_for_is_known(tmp_path):
+    class Two(nn.Module):
+        def forward(self, sample, timestep):
+            return sample * timestep[:, None]
+
+    given = (torch.ones(3, 5), torch.tensor([1, 2, 3]))
+    batch = torch.export.Dim("batch")
+    for dims, size in ((None, 3), (({0: batch}, {0: batch}), None)):
+        program = torch.export.export(Two(), given, dynamic_shapes=dims)
+        torch.export.save(program, tmp_path / "two.pt2")
+        model = read_export(tmp_path / "two.pt2", trust=True)
+        assert (model.input_shape, model.batch_size) == ((5,), size)
+        parameters = inspect.signature(model.forward).parameters
+        assert list(parameters) == ["sample", "timestep"]
+        assert parameters["timestep"].annotation is torch.LongTensor
+        assert torch.equal(model(given[0], timestep=given[1]), Two()(*given))

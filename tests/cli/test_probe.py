@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stability_probe import LearnableScaling, Run, UViT, UViTConfig, find_skips, scale_skips
+from stability_probe.cli.probe import mean_over_levels
 from tests.checkpoints.mutations import damaged, damages
 from tests.checkpoints.saved_files import (
     FACTORY,
@@ -185,6 +186,16 @@ class TestProbe:
         assert result.code == 0, result.err
         assert cli("verify", tmp_path / "probed").code == 0
         assert cli("plot", tmp_path / "probed").code == 0
+
+
+def test_means_over_noise_levels():
+    rows = [
+        {"exact": 1.0, "pathwise": None, "paths": [1.0, 2.0], "gap": 0.1},
+        {"exact": 3.0, "pathwise": None, "paths": [3.0, 2.0], "gap": 0.3},
+    ]
+    assert mean_over_levels(rows) == {
+        "exact": 2.0, "pathwise": None, "paths": [2.0, 2.0], "gap": 0.3,
+    }  # fmt: skip
 
 
 class TestBadInput:

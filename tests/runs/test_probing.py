@@ -168,6 +168,27 @@ class TestMemory:
             record(self.limited(net, 0), tmp_path, points(50.0), on_smaller=lambda n: None)
         assert Run.open(tmp_path / "run").info["state"] == "failed"
 
+    def test_only_the_first_noise_level_may_take_fewer_samples(self, net, tmp_path):
+        passes = []
+
+        def hook(module, args):
+            passes.append(args[1][0].item())
+            if args[1][0] == 900 and len(args[0]) > 1:
+                raise MemoryError
+
+        net.register_forward_pre_hook(hook)
+        with pytest.raises(StabilityProbeError, match="out of memory with 2 samples"):
+            record(net, tmp_path, points(50.0, 900.0), on_smaller=lambda n: None)
+        assert {50, 900} == set(passes)
+        run = Run.open(tmp_path / "run")
+        assert (run.info["state"], set(run.records().step)) == ("failed", {1})
+
+    def test_a_network_that_takes_one_size_of_batch_is_not_given_less(self, net, tmp_path):
+        said = []
+        with pytest.raises(StabilityProbeError, match="out of memory with 2 samples"):
+            record(self.limited(net, 1), tmp_path, points(50.0, whole=True), on_smaller=said.append)
+        assert said == []
+
     def test_other_errors_pass(self, net, tmp_path):
         with pytest.raises(RuntimeError, match="shapes"):
             record(self.limited(net, 1, RuntimeError("shapes")), tmp_path, points(50.0))
