@@ -100,7 +100,7 @@ def run_probe(what: SubjectOptions, how: ProbeOptions) -> Probed:
         if how.scheme
         else learned_scaling(subject.checkpoint, subject.skips)
     )
-    points, notes = _points(subject, schedule, how)
+    points, notes = points_of(subject, schedule, how)
     for line in (subject.checkpoint.description, *_unfit(subject), *notes):
         note(line)
     _measure(subject, points, run, scheme, what, notes)
@@ -143,7 +143,7 @@ def _measure(
         ) from error
 
 
-def _points(
+def points_of(
     subject: Subject, schedule: Schedule, how: ProbeOptions
 ) -> tuple[list[ProbedPoint], list[str]]:
     """The samples at every noise level, and what was assumed."""

@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from stability_probe import LearnableScaling, Run, UViT, UViTConfig, find_skips, scale_skips
-from stability_probe.cli.probe import mean_over_levels
+from stability_probe.checkpoints.noise import load_schedule
+from stability_probe.cli.options import SubjectOptions
+from stability_probe.cli.probe import ProbeOptions, mean_over_levels, points_of
+from stability_probe.cli.subject import open_subject
 from tests.checkpoints.mutations import damaged, damages
 from tests.checkpoints.saved_files import (
     FACTORY,
@@ -186,6 +189,20 @@ class TestProbe:
         assert result.code == 0, result.err
         assert cli("verify", tmp_path / "probed").code == 0
         assert cli("plot", tmp_path / "probed").code == 0
+
+
+def test_every_point_has_its_noise_level_and_its_noise(saved, tmp_path):
+    subject = open_subject(SubjectOptions(saved["diffusers"][0], batch=3))
+    schedule = load_schedule(tmp_path)
+    how = ProbeOptions(tmp_path, "10,900", "epsilon")
+    points, notes = points_of(subject, schedule, how)
+    for point, t in zip(points, (10, 900), strict=True):
+        assert point.noise_level == t
+        assert point.batch.kwargs["timestep"].tolist() == [t] * 3
+        alpha, sigma = schedule.alpha_sigma(t, unit=False)
+        expected = alpha * subject.inputs.args[0] + sigma * point.batch.target
+        torch.testing.assert_close(point.batch.x, expected)
+    assert any(line.startswith("timestep: 10, 900; noise schedule of DDPM") for line in notes)
 
 
 def test_means_over_noise_levels():

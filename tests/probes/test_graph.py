@@ -7,6 +7,7 @@ from torch import nn
 from stability_probe import Uniform, find_skips, scale_skips
 from stability_probe.probes import ProbeBatch
 from stability_probe.probes.graph import feature_graph
+from stability_probe.skips import OperandTap
 from tests.oracles.architectures import ZOO
 from tests.oracles.zoo import hook_count
 
@@ -62,6 +63,16 @@ def test_what_the_network_does_to_a_feature_lies_between_f_and_u():
         for s in skips:
             torch.testing.assert_close(nodes["u", s.level], s.kappa * nodes["f", s.level])
             assert s.kappa != 1
+
+
+@pytest.mark.parametrize("name", ["unet2d-skip", "flat-diffusion", "skip-last"])
+def test_a_feature_that_is_a_sum_outside_of_modules_is_seen_as_a_whole(name):
+    """Nothing is done to these features on their way, so f_i and u_i are the same numbers."""
+    model, skips, batch = prepared(name)
+    assert any(isinstance(s.feature, OperandTap) for s in skips) == (name != "skip-last")
+    with feature_graph(model, skips, batch) as nodes:
+        for s in skips:
+            assert torch.equal(nodes["f", s.level], nodes["u", s.level])
 
 
 def test_cut_lets_only_what_goes_around_through():
