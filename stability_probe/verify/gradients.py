@@ -58,9 +58,12 @@ class Gradients:
 
     @property
     def halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the samples with the smaller and with the larger ℓ‖x‖², for every step."""
+        """Indices of the samples with the smaller and with the larger ℓ‖x‖², for every step.
+
+        A single sample is among the smaller ones.
+        """
         order = np.argsort(self.loss * self.x, axis=1)
-        half = order.shape[1] // 2
+        half = max(1, order.shape[1] // 2)
         return order[:, :half], order[:, half:]
 
     def constants(self) -> dict[str, np.ndarray]:

@@ -135,6 +135,13 @@ class TestProbe:
         assert runs[0].equals(runs[1])
         assert {"sample_loss", "sample_grad_energy"} <= set(runs[0].metric)
 
+    def test_one_sample(self, cli, saved, tmp_path):
+        options = ("--batch", 1, "--sensitive", 1, "--noise-levels", "500", "--target", "sample")
+        result = cli("probe", saved["diffusers"][0], *options, "-o", tmp_path / "run", "--json")
+        assert result.code == 0, result.err
+        statuses = [v["status"] for v in json.loads(result.out)["verdicts"]]
+        assert statuses == ["INCONCLUSIVE"] * 4 + ["HOLDS"]
+
     def test_a_scheme(self, cli, saved, tmp_path):
         out = tmp_path / "run"
         path = saved["diffusers"][0]
