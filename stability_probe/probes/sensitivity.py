@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stability_probe.errors import StabilityProbeError
@@ -30,6 +29,7 @@ from stability_probe.probes.batch import ProbeBatch
 from stability_probe.probes.features import Site, sample_energy
 from stability_probe.probes.graph import feature_graph
 from stability_probe.probes.records import Key
+from stability_probe.probes.sample_gradients import sample_gradients
 from stability_probe.skips import Block, SkipConnection
 from stability_probe.skips.find import evaluating
 from stability_probe.theory import SpectralNorm, jacobian_norm
@@ -104,7 +104,9 @@ class SensitivityProbe:
             found.update(self.jacobian_norms(few, generator))
             found.update(self.sample_energies())
             if self.batch.target is not None:
-                found.update(self.sample_gradients())
+                found.update(
+                    sample_gradients(self.model, self.blocks, self.batch, self.config.chunk)
+                )
         return found
 
     @torch.no_grad()
@@ -217,59 +219,6 @@ class SensitivityProbe:
             gain = energies["ku", s.level] / energies["u", s.level]
             found[Key("sample_kappa", "skip", s.level, "")] = gain.sqrt()
         return found
-
-    def sample_gradients(self) -> dict[Key, Tensor]:
-        """ℓ_s, and for every block a_i, b_i the largest ‖∇_W ℓ_s‖² over its weight matrices W."""
-        names = [
-            name
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and p.ndim > 1 and self.blocks[name].kind in ("a", "b")
-        ]
-        if not names:
-            return {}
-        measure = self._gradients_together if self.config.chunk else self._gradients_in_turn
-        per_weight, losses = measure(names)
-        found = {Key("sample_loss", "loss", 0, ""): losses}
-        for name, energy in per_weight.items():
-            block = self.blocks[name]
-            key = Key("sample_grad_energy", block.kind, block.level, "")
-            found[key] = torch.maximum(found[key], energy) if key in found else energy
-        return found
-
-    def _gradients_together(self, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """‖∇_W ℓ_s‖² of every weight, and ℓ_s, a chunk of samples at a time."""
-        frozen = {name: p.detach() for name, p in self.model.named_parameters()}
-
-        def loss(weights: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
-            one = self.batch.with_tensors([tensor[None] for tensor in sample])
-            all_of_them = {**frozen, **weights}
-            return one.losses(lambda *a, **kw: functional_call(self.model, all_of_them, a, kw))[0]
-
-        def energies(sample: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-            weights = {name: frozen[name] for name in names}
-            grads, value = grad_and_value(loss)(weights, sample)
-            return {name: g.square().sum() for name, g in grads.items()}, value
-
-        found: tuple[dict[str, Tensor], Tensor] = vmap(energies, chunk_size=self.config.chunk)(
-            self.batch.tensors()
-        )
-        return found
-
-    def _gradients_in_turn(self, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-        """The same, one sample after the other."""
-        parameters = dict(self.model.named_parameters())
-        weights = [parameters[name] for name in names]
-        rows: list[Tensor] = []
-        losses: list[Tensor] = []
-        for s in range(len(self.batch.x)):
-            alone = self.batch if self.batch.whole else self.batch.samples(slice(s, s + 1))
-            with torch.enable_grad():
-                loss = alone.losses(self.model)[s if self.batch.whole else 0]
-                grads = torch.autograd.grad(loss, weights, allow_unused=True)
-            nothing = loss.new_zeros(())
-            rows.append(torch.stack([nothing if g is None else g.square().sum() for g in grads]))
-            losses.append(loss.detach())
-        return dict(zip(names, torch.stack(rows, dim=1), strict=True)), torch.stack(losses)
 
 
 def _via(path: Key, n_skips: int) -> Site:

@@ -32,6 +32,7 @@ from stability_probe.probes import (
 )
 from stability_probe.probes import features as features_module
 from stability_probe.probes import probe as probe_module
+from stability_probe.probes import sensitivity as sensitivity_module
 from stability_probe.probes.features import FeatureProbe
 from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.sensitivity import SensitivityProbe
@@ -205,7 +206,7 @@ class TestNothingIsLeft:
             (ParameterProbe, "read"),
             (SensitivityProbe, "secants"),
             (SensitivityProbe, "jacobian_norms"),
-            (SensitivityProbe, "sample_gradients"),
+            (sensitivity_module, "sample_gradients"),
             (probe_module, "parameter_blocks"),
             (probe_module, "summarise"),
         ],
