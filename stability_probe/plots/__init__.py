@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from stability_probe.plots import tables
 from stability_probe.plots.checkpoint import (
+    plot_blame,
     plot_counterfactual,
     plot_energies,
     plot_hierarchy,
@@ -26,6 +27,7 @@ from stability_probe.verify.oscillation import oscillation_table
 __all__ = [
     "all_figures",
     "checkpoint_figures",
+    "plot_blame",
     "plot_coefficients",
     "plot_counterfactual",
     "plot_energies",
@@ -83,6 +85,9 @@ def checkpoint_figures(run: Evidence) -> dict[str, Figure]:
         figures["hierarchy"] = plot_hierarchy(tables.hierarchy(run))
     if len(paths):
         figures["paths"] = plot_paths(paths)
+    blame = tables.blame(run)
+    if len(blame):
+        figures["blame"] = plot_blame(blame)
     if len(counterfactual):
         figures["counterfactual"] = plot_counterfactual(counterfactual)
     gradients = tables.gradient_energies(tables.by_noise_level(run))

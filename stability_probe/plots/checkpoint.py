@@ -74,6 +74,33 @@ def plot_paths(table: pd.DataFrame) -> Figure:
     return figure
 
 
+SHARES = {
+    "bound": ("κ$_i$‖P$_i$‖, share of the pathwise bound", PALETTE[4]),
+    "worst case": ("share of the worst direction's output", PALETTE[2]),
+    "energy": ("‖κ$_i$u$_i$‖², share of what the merge reads", MEASURED),
+}
+"""What is drawn of the blame: name and colour."""
+
+
+def plot_blame(table: pd.DataFrame) -> Figure:
+    """What each skip carries, by noise level: of the sensitivity and of the feature energy.
+
+    Args:
+        table: from `tables.blame`.
+    """
+    figure, panels = _panels(table, "share")
+    for ax, mine in panels:
+        for k, (share, (name, colour)) in enumerate(SHARES.items()):
+            values = mine[mine.share == share]
+            ax.bar(values.level + 0.27 * (k - 1), values.value, 0.27, color=colour, label=name)
+        ax.axhline(0, color="black", lw=0.6)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel("skip (1 = outermost)")
+    legend(figure, panels[0][0])
+    title(figure, "What each skip carries (mean over samples)")
+    return figure
+
+
 def plot_counterfactual(table: pd.DataFrame) -> Figure:
     """‖h_i‖² with all κ times s against Σ(sκ_j)², both relative to s = 1: Theorem 3.1 says a line.
 

@@ -12,7 +12,7 @@ from stability_probe.verify.counterfactual import Counterfactual
 from stability_probe.verify.feature_band import fit_bands
 from stability_probe.verify.feature_law import law_table
 from stability_probe.verify.gradients import Gradients
-from stability_probe.verify.robustness import robustness_chain
+from stability_probe.verify.robustness import robustness_chain, sensitivity_table
 
 _LABELS = {
     "unscaled": "unscaled",
@@ -103,24 +103,29 @@ def sensitivities(runs: Sequence[Evidence]) -> pd.DataFrame:
         "exact": "σ$_{max}$(J), exact",
         "secant": "measured: largest ‖Δout‖/ε",
     }
-    frames = []
+    frames = [pd.DataFrame(columns=["scheme", "step", "sample", "quantity", "value"])]
     for run in runs:
         chain = robustness_chain(run)
+        if chain is None:
+            continue
+        every = {
+            "paper": chain.upper.paper, "blockwise": chain.upper.blockwise,
+            "exact": chain.exact, "secant": chain.random,
+        }  # fmt: skip
         for field, name in names.items():
-            values = getattr(chain, field)
-            row, sample = np.indices(values.shape)
+            row, sample = np.indices(every[field].shape)
             frames.append(
                 pd.DataFrame(
                     {
                         "scheme": scheme_label(run),
-                        "step": run.sampled_steps[row.ravel()] if values.size else [],
+                        "step": run.sampled_steps[row.ravel()],
                         "sample": sample.ravel(),
                         "quantity": name,
-                        "value": values.ravel(),
+                        "value": every[field].ravel(),
                     }
                 )
             )
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
 def coefficients(runs: Sequence[Evidence]) -> pd.DataFrame:
@@ -186,9 +191,12 @@ def by_noise_level(run: Evidence) -> list[Evidence]:
 def hierarchy(run: Evidence) -> pd.DataFrame:
     """The quantities of Theorem 3.4 of a checkpoint: noise_level, quantity, sample, value."""
     chain = robustness_chain(run)
+    if chain is None:
+        return pd.DataFrame()
+    upper = chain.upper
     values = {
-        "paper": chain.paper, "blockwise": chain.blockwise, "pathwise": chain.pathwise,
-        "exact": chain.exact, "measured": chain.secant,
+        "paper": upper.paper, "blockwise": upper.blockwise, "pathwise": upper.pathwise,
+        "exact": chain.exact, "measured": chain.random,
     }  # fmt: skip
     return _long({name: v for name, v in values.items() if v is not None}, run, "quantity")
 
@@ -199,15 +207,36 @@ def paths(run: Evidence) -> pd.DataFrame:
     Empty if paths were not measured.
     """
     chain = robustness_chain(run)
-    if chain.paths is None:
+    if chain is None or chain.upper.paths is None:
         return pd.DataFrame()
-    values = {str(i): level for i, level in enumerate(chain.paths, start=1)}
-    values["mid"] = chain.middle
-    if chain.around.any():
-        values["around"] = chain.around
+    values = {str(i): level for i, level in enumerate(chain.upper.paths, start=1)}
+    values["mid"] = chain.upper.middle
+    if chain.upper.around.any():
+        values["around"] = chain.upper.around
     table = _long(values, run, "path")
     exact = _long({"exact": chain.exact}, run, "path").rename(columns={"value": "exact"})
     return table.merge(exact.drop(columns="path"), on=["noise_level", "sample"])
+
+
+def blame(run: Evidence) -> pd.DataFrame:
+    """What each skip carries at each noise level of a checkpoint: noise_level, level, share, value.
+
+    The shares, means over samples: of the pathwise bound, of the worst case, and of the energy
+    that its merge reads. Empty if paths were not measured.
+    """
+    names = noise_level_names(run)
+    rows = []
+    for name, row in zip(names, sensitivity_table(run), strict=False):
+        if row["paths"] is None or row["shares"] is None:
+            return pd.DataFrame()
+        bound = np.array(row["paths"]) / row["pathwise"]
+        shares = {"bound": bound, "worst case": row["shares"], "energy": row["energy_shares"]}
+        rows += [
+            {"noise_level": name, "level": i + 1, "share": kind, "value": values[i]}
+            for kind, values in shares.items()
+            for i in range(len(bound))
+        ]
+    return pd.DataFrame(rows)
 
 
 def counterfactual(run: Evidence) -> pd.DataFrame:

@@ -12,13 +12,18 @@
 | `update_ratio` | block kind | i | `value` | ‖Δθ‖/‖θ‖ since the last record |
 | `secant` | `eps=r` | 0 | `s0` ... per sample | largest ‖Δout‖/ε over directions, ε = r‖x_t‖ |
 | `secant_mean` | `eps=r` | 0 | `s0` ... | mean ‖Δout‖/ε over the same directions |
-| `sigma_max` | `J` | 0 | `s0` ... | σ_max of the Jacobian |
-| `sigma_max_residual` | `J` | 0 | `s0` ... | residual norm of that estimate |
-| `lipschitz` | `a` `b` `mid` `skip` | i | `s0` ... | Jacobian norm of a block or a skip |
-| `path` | `skip` `mid` `around` | i | `s0` ... | κ_i‖P_i‖, ‖P_mid‖, norm of paths around |
+| `secant_worst` | `eps=r` | 0 | `s0` ... | the same from −δ to +δ along the worst direction |
+| `sigma_max` | `J` | 0 | `s0` ... | σ_max of the Jacobian, from below |
+| `lipschitz` | `a` `b` `mid` `skip` | i | `s0` ... | Jacobian norm of block or skip, from below |
+| `path` | `skip` `mid` `around` | i | `s0` ... | κ_i‖P_i‖, ‖P_mid‖, paths around, from below |
+| `gate_term` | `skip` | i | `s0` ... | ‖u_i ∂κ_i/∂x‖ of a learned gate, from below |
+| `..._upper` | the same | | `s0` ... | upper bounds of these four, certified |
+| `gate_bound` | `skip` | i | `s0` ... | ‖u_i‖ ‖∂κ_i/∂x‖, certified |
+| `path_share` | as `path` | i | `s0` ... | part of the path in wᵀJv = σ_max; they add up to 1 |
+| `path_alignment` | as `path` | i | `s0` ... | ‖κ_i P_i v‖ / ‖κ_i P_i‖, v the worst direction |
 | `path_gap` | `J` | 0 | `s0` ... | ‖(J − all paths)ᵀw‖/‖Jᵀw‖ for a random w |
 | `sample_loss` | `loss` | 0 | `s0` ... | ℓ_s |
-| `sample_energy` | `x` `h` | i | `s0` ... | ‖x_t‖², ‖h_i‖² on the probe batch |
+| `sample_energy` | `x` `h` `ku` `z` | i | `s0` ... | ‖x_t‖², ‖h_i‖², ... on the probe batch |
 | `sample_kappa` | `skip` | i | `s0` ... | measured gain ‖κu‖/‖u‖ on the probe batch |
 | `counterfactual_energy` | `s=r` | i | `s0` ... | ‖h_i‖² with all κ multiplied by r |
 | `sample_grad_energy` | `a` `b` | i | `s0` ... | largest ‖∇W_p ℓ_s‖² over the block's weights |

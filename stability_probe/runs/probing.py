@@ -110,6 +110,7 @@ def record_checkpoint(
                 "seed": config.seed,
                 "scheme": scheme.name,
                 "kappa": scaled.kappa,
+                "unmet": scheme.unmet,
                 "skips": [s.as_dict() for s in skips],
                 "noise_levels": None if None in levels else levels,
                 "dtype": str(points[0].batch.x.dtype).removeprefix("torch."),

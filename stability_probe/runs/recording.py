@@ -82,9 +82,8 @@ def record_training(
     batch = probe_batch(config, images, probing.probe_samples, probing.sensitive_samples)
     skips = find_skips(model, *batch.head(1).args)
     with ExitStack() as stack:
-        scaled = stack.enter_context(
-            scale_skips(model, skips, seeded_scaling(config.scheme, config.seed))
-        )
+        scheme = seeded_scaling(config.scheme, config.seed)
+        scaled = stack.enter_context(scale_skips(model, skips, scheme))
         probe = stack.enter_context(
             StabilityProbe(
                 model,
@@ -104,6 +103,7 @@ def record_training(
                 "seed": config.seed,
                 "scheme": config.scheme,
                 "kappa": scaled.kappa,
+                "unmet": scheme.unmet,
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "input": _input_moments(config, images),
             }
@@ -198,7 +198,8 @@ def record_ensemble(
     for name, run in runs.items():
         kappa = parse_scaling(name).coefficients(config.n_skips)
         gain = 1.0 if config.unit_gain else 2.0
-        run.begin({"kind": "ensemble", "scheme": name, "kappa": kappa, "block_gain": gain})
+        about = {"scheme": name, "kappa": kappa, "unmet": parse_scaling(name).unmet}
+        run.begin({"kind": "ensemble", **about, "block_gain": gain})
     state, reason = "complete", None
     try:
         for index in range(config.networks):

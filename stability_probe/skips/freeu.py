@@ -72,6 +72,8 @@ class FreeU(Scaling):
     True
     """
 
+    unmet = "its gain depends on frequency, and it boosts the decoder features as well"
+
     def __init__(
         self,
         b1: float = 1.5,

@@ -49,6 +49,8 @@ class SCTuner(Scaling):
     True
     """
 
+    unmet = "it edits u_i by a network, which is no multiplication by a number"
+
     def __init__(
         self,
         strength: float = 1.0,

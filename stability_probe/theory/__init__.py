@@ -18,7 +18,12 @@ from stability_probe.theory.huang2023_robustness import (
     pathwise_bound,
     robustness_bound,
 )
-from stability_probe.theory.spectral import SpectralNorm, golub_kahan_norm, jacobian_norm
+from stability_probe.theory.spectral import (
+    SpectralNorm,
+    golub_kahan_norm,
+    jacobian_norm,
+    jacobian_products,
+)
 
 __all__ = [
     "SpectralNorm",
@@ -30,6 +35,7 @@ __all__ = [
     "gradient_scale",
     "input_energy",
     "jacobian_norm",
+    "jacobian_products",
     "max_block_gain",
     "pathwise_bound",
     "robustness_bound",

@@ -121,6 +121,15 @@ class Evidence:
         least, largest = (self.series("kappa", "skip", stat) for stat in ("min", "max"))
         return bool((largest.max() - least.min() > SAME_GAIN * largest.max()).any())
 
+    @property
+    def unmet_scheme(self) -> str | None:
+        """Why the theorems do not literally apply to the run's scaling scheme; `None` if they do.
+
+        They do not where no κ_i can be named: FreeU, SC-Tuner. Gates (LS) have measured κ_i.
+        """
+        reason = self.info.get("unmet")
+        return str(reason) if reason else None
+
     def series(self, metric: str, site: str, stat: str = "mean") -> pd.DataFrame:
         """A quantity over time: one row a step, one column a level."""
         rows = self._select(metric, site)

@@ -1,7 +1,6 @@
 """Theorem 3.4: measured sensitivity ≤ σ_max(J) ≤ the bound, at every probed point."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,101 +11,141 @@ from stability_probe.verify.statistics import share_interval
 from stability_probe.verify.verdict import Status, Verdict
 
 TOLERANCE = 1e-2
-"""Relative error allowed to σ_max(J), and to secants of a finite step, in every comparison."""
+"""Relative error allowed to secants of a finite step, and width of σ_max(J) that is settled."""
+ROUNDING = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 0.05, "float16": 0.05}
+"""Relative error of rounding allowed in every comparison of norms."""
 GAP = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.05, "float16": 0.05}
 """Share of J that rounding may make of paths that do add up to it, with a margin of 10 or more."""
 
 
 @dataclass(frozen=True)
-class Chain:
-    """The quantities of Theorem 3.4 at every probed point, each (steps, samples).
+class Norms:
+    """The norms of Theorem 3.4 at every probed point, each (steps, samples), from one side.
 
     Attributes:
-        secant: largest ‖Δoutput‖/ε_δ over random directions, at the smallest ε_δ.
-        exact: σ_max(J), estimated from below.
-        residual: residual norm of that estimate.
+        exact: σ_max(J).
         blockwise: the bound with each block's own Lipschitz constant at the point.
         paper: the bound with M_0 and L_0 at the point.
         paths: κ_i‖P_i‖ of every skip (levels, steps, samples); `None` if paths were not measured.
         middle: ‖P_mid‖ likewise (steps, samples).
         around: norm of the paths around all skips and the middle, which Eq. 4 has not; it is a part
             of the three bounds. 0 if it was not measured.
-        gap: the share of J that all paths together leave out.
     """
 
-    secant: np.ndarray
     exact: np.ndarray
-    residual: np.ndarray
     blockwise: np.ndarray
     paper: np.ndarray
     paths: np.ndarray | None
     middle: np.ndarray
     around: np.ndarray
-    gap: np.ndarray
+
+    @classmethod
+    def of(cls, run: Evidence, upper: bool) -> "Norms":
+        """From recorded norms and gains: estimates from below, or certified upper bounds.
+
+        Records without upper bounds have the estimates in their place.
+        """
+
+        def norms(metric: str, site: str) -> np.ndarray:
+            """(levels, steps, samples)."""
+            found = run.samples(f"{metric}_upper", site) if upper else np.empty(0)
+            return np.moveaxis(found if found.size else run.samples(metric, site), 1, 0)
+
+        exact = norms("sigma_max", "J")[0]
+        kappa = _skip_gains(run, norms("lipschitz", "skip"), exact.shape[1])
+        lip_a, lip_b = norms("lipschitz", "a"), norms("lipschitz", "b")
+        l0, paths = norms("lipschitz", "mid")[0], norms("path", "skip")
+        around = norms("path", "around")[0] if paths.size else np.zeros_like(l0)
+        return cls(
+            exact=exact,
+            blockwise=blockwise_bound(kappa, lip_a, lip_b, l0) + around,
+            paper=robustness_bound(kappa, max_block_gain(lip_a, lip_b), l0) + around,
+            paths=paths if paths.size else None,
+            middle=norms("path", "mid")[0] if paths.size else np.zeros_like(l0),
+            around=around,
+        )
 
     @property
     def pathwise(self) -> np.ndarray | None:
-        """Σκ_i‖P_i‖ + ‖P_mid‖; `None` if paths were not measured."""
+        """Σκ_i‖P_i‖ + ‖P_mid‖ and what goes around; `None` if paths were not measured."""
         if self.paths is None:
             return None
         return np.asarray(pathwise_bound(self.paths, self.middle) + self.around)
 
     @property
+    def rising(self) -> list[np.ndarray]:
+        """σ_max(J) and its bounds, each no larger than the next if the theorem is right."""
+        bounds = [] if self.pathwise is None else [self.pathwise]
+        return [self.exact, *bounds, self.blockwise, self.paper]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Theorem 3.4 at every probed point, each array (steps, samples).
+
+    Attributes:
+        secant: largest ‖Δoutput‖/ε_δ at the smallest ε_δ, over random directions and the worst.
+        random: the same over random directions alone.
+        lower: norms estimated from below.
+        upper: norms bounded from above.
+        gap: the share of J that all paths together leave out.
+        rounding: relative error allowed in comparisons of norms.
+    """
+
+    secant: np.ndarray
+    random: np.ndarray
+    lower: Norms
+    upper: Norms
+    gap: np.ndarray
+    rounding: float
+
+    @property
+    def exact(self) -> np.ndarray:
+        """σ_max(J), from below."""
+        return self.lower.exact
+
+    @property
     def sound(self) -> np.ndarray:
         """Where every quantity is finite and there is some sensitivity."""
-        every = [self.secant, self.exact, self.residual, self.blockwise, self.paper]
-        every += [] if self.pathwise is None else [self.pathwise, self.gap]
+        every = [self.secant, self.random, self.gap, *self.lower.rising, *self.upper.rising]
         return np.asarray(np.isfinite(np.stack(every)).all(axis=0) & (self.exact > 0))
 
     @property
     def ordered(self) -> np.ndarray:
-        """Where each is no larger than the next, as far as σ_max(J) is known."""
-        above = 1 + TOLERANCE
-        ordered = np.asarray(self.secant <= (self.exact + self.residual) * above)
-        bounds = [] if self.pathwise is None else [self.pathwise]
-        for low, high in pairwise([self.exact, *bounds, self.blockwise, self.paper]):
-            ordered = ordered & (low <= high * above)
+        """Where no lower bound of a quantity is above the upper bound of the next."""
+        ordered = np.asarray(self.secant <= self.upper.exact * (1 + TOLERANCE))
+        for low, high in zip(self.lower.rising, self.upper.rising[1:], strict=False):
+            ordered = ordered & (low <= high * (1 + self.rounding))
         return ordered
 
 
-def robustness_chain(run: Evidence) -> Chain:
-    """Assemble the chain from recorded secants, norms and gains; empty if none were recorded."""
-    exact = run.samples("sigma_max", "J")
-    if not exact.size:
-        nothing = np.empty((0, 0))
-        return Chain(nothing, nothing, nothing, nothing, nothing, None, nothing, nothing, nothing)
+def robustness_chain(run: Evidence) -> Chain | None:
+    """Assemble the chain from recorded secants, norms and gains; `None` if none were recorded."""
+    if not run.samples("sigma_max", "J").size:
+        return None
     secants = run.frame[run.frame.metric == "secant"].site.unique()
     smallest = min(secants, key=lambda site: float(site.removeprefix("eps=")))
-    kappa = np.moveaxis(_skip_gains(run, exact.shape[2]), 1, 0)  # levels first
-    lip_a = np.moveaxis(run.samples("lipschitz", "a"), 1, 0)
-    lip_b = np.moveaxis(run.samples("lipschitz", "b"), 1, 0)
-    l0 = run.samples("lipschitz", "mid")[:, 0]
-    paths = run.samples("path", "skip")
-    other = {site: run.samples("path", site) for site in ("mid", "around")}
-    around = other["around"][:, 0] if paths.size else np.zeros_like(l0)
+    random, worst = (run.samples(m, smallest) for m in ("secant", "secant_worst"))
+    lower, gap = Norms.of(run, upper=False), run.samples("path_gap", "J")
     return Chain(
-        secant=run.samples("secant", smallest)[:, 0],
-        exact=exact[:, 0],
-        residual=run.samples("sigma_max_residual", "J")[:, 0],
-        blockwise=blockwise_bound(kappa, lip_a, lip_b, l0) + around,
-        paper=robustness_bound(kappa, max_block_gain(lip_a, lip_b), l0) + around,
-        paths=np.moveaxis(paths, 1, 0) if paths.size else None,
-        middle=other["mid"][:, 0] if paths.size else np.zeros_like(l0),
-        around=around,
-        gap=run.samples("path_gap", "J")[:, 0] if paths.size else np.zeros_like(l0),
+        secant=np.maximum(random, worst)[:, 0] if worst.size else random[:, 0],
+        random=random[:, 0],
+        lower=lower,
+        upper=Norms.of(run, upper=True),
+        gap=gap[:, 0] if gap.size else np.zeros_like(lower.exact),
+        rounding=ROUNDING[run.info.get("dtype", "float32")],
     )
 
 
-def _skip_gains(run: Evidence, samples: int) -> np.ndarray:
-    """κ_i on the leading samples (steps, levels, samples).
+def _skip_gains(run: Evidence, whole: np.ndarray, samples: int) -> np.ndarray:
+    """κ_i on the leading samples (levels, steps, samples).
 
     Where more is done to u_i than multiplying it by a constant, the norm of all that is done, how
     it changes with the input included.
     """
-    whole = run.samples("lipschitz", "skip")
     if whole.size and (run.input_dependent or None in run.own_kappa):
         return whole
-    return run.sampled_kappa()[:, :, :samples]
+    return np.moveaxis(run.sampled_kappa()[:, :, :samples], 1, 0)
 
 
 def robustness_verdict(run: Evidence) -> Verdict:
@@ -116,7 +155,7 @@ def robustness_verdict(run: Evidence) -> Verdict:
     """
     claim = "‖Δout‖/ε ≤ σ_max(J) ≤ Σκ_i M₀ⁱ + M₀ᴺL₀ at every point"
     chain = robustness_chain(run)
-    if not chain.exact.size:
+    if chain is None:
         advice = "no sensitivity was measured; set sensitivity_every above 0"
         return Verdict.undecided("3.4", run.name, claim, advice)
     ordered, n = chain.ordered, chain.exact.shape[1]
@@ -131,19 +170,21 @@ def robustness_verdict(run: Evidence) -> Verdict:
         )
         return Verdict.undecided("3.4", run.name, claim, advice, n=n, unmet=True)
     share = float(ordered.mean())
-    slack = chain.paper / chain.exact
+    slack = chain.upper.paper / chain.exact
     typical = int(np.argsort(slack.ravel())[slack.size // 2])
-    blockwise = float(np.median(chain.blockwise / chain.exact))
-    secant = float(np.median(chain.exact / chain.secant))
+    blockwise = float(np.median(chain.upper.blockwise / chain.exact))
+    secant = float(np.median(chain.exact / chain.random))
     note = (
         f"slack {slack.min():.3g} at the tightest point, {blockwise:.3g} block by block (median); "
         f"σ_max(J) is {secant:.2g} times the largest random secant"
     )
-    if chain.pathwise is not None:
-        pathwise = float(np.median(chain.pathwise / chain.exact))
-        level = int(chain.paths.mean(axis=(1, 2)).argmax()) + 1 if chain.paths is not None else 0
+    if chain.upper.pathwise is not None and chain.upper.paths is not None:
+        pathwise = float(np.median(chain.upper.pathwise / chain.exact))
+        level = int(chain.upper.paths.mean(axis=(1, 2)).argmax()) + 1
         note += f"; path by path {pathwise:.3g} (median), most of it through skip {level}"
-    unsettled = int((chain.residual > TOLERANCE * chain.exact).sum())
+    unsettled = int(
+        (chain.upper.exact > (1 + TOLERANCE) * (1 + chain.rounding) * chain.exact).sum()
+    )
     if unsettled:
         note += f"; σ_max(J) did not settle at {unsettled} points: raise max_products"
     status: Status = "INCONCLUSIVE" if unsettled else "HOLDS"
@@ -153,13 +194,14 @@ def robustness_verdict(run: Evidence) -> Verdict:
             if run.samples("lipschitz", "skip").size
             else "; κ is the measured gain: the theorem leaves out how gates change with the input"
         )
+    note += _gates(run)
     return Verdict(
         "3.4",
         run.name,
         claim,
         status if ordered.all() else "VIOLATED",
         measured=float(chain.exact.ravel()[typical]),
-        bound=float(chain.paper.ravel()[typical]),
+        bound=float(chain.upper.paper.ravel()[typical]),
         statistic="share of points",
         estimate=share,
         interval=share_interval(share, n),
@@ -168,31 +210,69 @@ def robustness_verdict(run: Evidence) -> Verdict:
     )
 
 
+def _gates(run: Evidence) -> str:
+    """What learned gates add that the theorem leaves out, where it was measured."""
+    term, bound = run.samples("gate_term_upper", "skip"), run.samples("gate_bound", "skip")
+    if not term.size:
+        return ""
+    level = int(term.max(axis=(0, 2)).argmax()) + 1
+    return (
+        f"; gates change with the input by ‖u∂κ/∂x‖ ≤ {term.max():.3g} (skip {level}), "
+        f"‖u‖‖∂κ/∂x‖ ≤ {bound.max():.3g}, which the theorem leaves out"
+    )
+
+
 def sensitivity_table(run: Evidence) -> list[dict[str, Any]]:
     """The hierarchy of Theorem 3.4 at every measured step or noise level, means over samples.
 
     Returns:
-        For each of them `measured` (the largest of some random secants), `exact` (σ_max(J)),
-        `pathwise`, `blockwise`, `paper`, `paths` (κ_i‖P_i‖, one number a level), `middle`
-        (‖P_mid‖), `around` (norm of paths that Eq. 4 has not) and `gap` (share of J that all paths
-        together leave out). Where paths were not measured those of them are `None`.
+        For each of them `measured` (the largest of some random secants), `worst` (the secant along
+        the worst direction), `exact` (σ_max(J), from below), `exact_upper` (certified), and
+        certified upper bounds `pathwise`, `blockwise`, `paper`, `paths` (κ_i‖P_i‖, one number a
+        level), `middle` (‖P_mid‖) and `around` (norm of paths that Eq. 4 has not); of every path
+        its `shares` of the worst case and its `alignment` with it, skips first, then the middle and
+        around; `energy_shares`, ‖κ_iu_i‖² as a share of ‖κ_iu_i‖² + ‖z_i‖²; and `gap`, the share of
+        J that all paths together leave out. What was not measured is `None`.
     """
     chain = robustness_chain(run)
+    if chain is None:
+        return []
+    upper = chain.upper
+    single = {
+        "measured": chain.random, "worst": chain.secant, "exact": chain.exact,
+        "exact_upper": upper.exact, "pathwise": upper.pathwise, "blockwise": upper.blockwise,
+        "paper": upper.paper, "middle": upper.middle, "around": upper.around,
+    }  # fmt: skip
+    several = {
+        "paths": None if upper.paths is None else np.moveaxis(upper.paths, 0, 1),
+        "shares": _of_paths(run, "path_share"),
+        "alignment": _of_paths(run, "path_alignment"),
+        "energy_shares": _energy_shares(run),
+    }
     rows = []
     for step in range(len(chain.exact)):
         row: dict[str, Any] = {
-            "measured": chain.secant[step].mean(),
-            "exact": chain.exact[step].mean(),
-            "pathwise": None if chain.pathwise is None else chain.pathwise[step].mean(),
-            "blockwise": chain.blockwise[step].mean(),
-            "paper": chain.paper[step].mean(),
+            name: None if v is None else float(v[step].mean()) for name, v in single.items()
         }
-        paths = None if chain.paths is None else chain.paths[:, step].mean(axis=1)
         row |= {
-            "paths": None if paths is None else [float(path) for path in paths],
-            "middle": chain.middle[step].mean(),
-            "around": chain.around[step].mean(),
-            "gap": chain.gap[step].max(),
+            name: None if v is None else v[step].mean(axis=1).tolist()
+            for name, v in several.items()
         }
-        rows.append({k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()})
+        rows.append(row | {"gap": float(chain.gap[step].max())})
     return rows
+
+
+def _of_paths(run: Evidence, metric: str) -> np.ndarray | None:
+    """A quantity of skips, middle and around: (steps, levels + 2, samples)."""
+    found = [run.samples(metric, site) for site in ("skip", "mid", "around")]
+    if not found[0].size:
+        return None
+    if not found[2].size:  # nothing goes around
+        found[2] = np.zeros_like(found[1])
+    return np.concatenate(found, axis=1)
+
+
+def _energy_shares(run: Evidence) -> np.ndarray | None:
+    """‖κ_iu_i‖² / (‖κ_iu_i‖² + ‖z_i‖²): (steps, levels, samples)."""
+    ku, z = run.samples("sample_energy", "ku"), run.samples("sample_energy", "z")
+    return ku / (ku + z) if ku.size else None

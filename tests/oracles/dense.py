@@ -27,17 +27,22 @@ def assert_matches_dense(
 ) -> None:
     """What `SpectralNorm` promises, against the singular values of dense matrices (batch, m, n).
 
-    The value is σ_max within `rtol`, never above it but for rounding, and some singular value lies
-    within the residual of it. NaN fails every one of these.
+    σ_max lies between the value and the upper bound but for rounding, the value is within `rtol` of
+    it, and the vectors are unit ones between which the matrix takes the value. NaN fails each.
     """
     sigma = torch.linalg.svdvals(jacobians.double())
-    value, residual = norm.value.double(), norm.residual.double()
-    assert value.shape == residual.shape == sigma[:, 0].shape
+    value, upper = norm.value.double(), norm.upper.double()
+    assert value.shape == upper.shape == sigma[:, 0].shape
     if norm.converged:
         assert ((value - sigma[:, 0]).abs() <= rtol * sigma[:, 0]).all(), (value, sigma[:, 0])
     assert (value <= sigma[:, 0] * (1 + roundoff)).all(), (value, sigma[:, 0])
-    nearest = (sigma - value[:, None]).abs().amin(dim=1)
-    assert (nearest <= residual + roundoff * sigma[:, 0]).all(), (nearest, residual)
+    assert (upper >= sigma[:, 0] * (1 - roundoff)).all(), (upper, sigma[:, 0])
+    left, right = norm.left.double(), norm.right.double()
+    reached = torch.einsum("bm,bmn,bn->b", left, jacobians.double(), right)
+    assert ((reached - value).abs() <= 10 * roundoff * sigma[:, 0]).all(), (reached, value)
+    for vectors in (left, right):
+        lengths = vectors.norm(dim=1)[sigma[:, 0] > 0]
+        torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-4, atol=0)
 
 
 def random_matrices(

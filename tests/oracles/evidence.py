@@ -193,13 +193,14 @@ def chain(
     l0: float = 3.0,
     exact: Any = 4.0,
     secant: Any = 1.0,
-    residual: Any = 0.0,
+    width: Any = 0.0,
     samples: int = 8,
     **info: Any,
 ) -> Evidence:
     """A point of Theorem 3.4 by hand: blockwise 1·2 + .5·2 + 3·2 = 9, paper 1·2 + .5·4 + 3·4 = 16.
 
-    `exact`, `secant` and `residual` may be arrays (3, samples). Three sizes of secants are
+    `exact`, `secant` and `width`, by which the upper bound of `exact` is above it, may be arrays
+    (3, samples). What is known of the blocks is exact. Three sizes of secants are
     recorded, of which the larger two exceed everything: only the smallest counts.
     """
     shape = (3, 1, samples)
@@ -212,7 +213,7 @@ def chain(
 
     frames = [
         sampled("sigma_max", "J", one(exact)),
-        sampled("sigma_max_residual", "J", one(residual)),
+        sampled("sigma_max_upper", "J", one(np.asarray(exact) + width)),
         sampled("secant", "eps=0.001", one(secant)),
         sampled("secant", "eps=0.01", one(1e6)),
         sampled("secant", "eps=0.1", one(1e6)),

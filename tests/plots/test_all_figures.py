@@ -18,7 +18,7 @@ from tests.oracles.evidence import (
 OF_A_RUN = {"features", "oscillation", "coefficients", "loss"}
 SCHEDULED = {"gradients", "sensitivity"}
 OF_A_CHECKPOINT = {"energies", "hierarchy", "paths", "counterfactual"}
-NORMS = ("sigma_max", "sigma_max_residual", "secant", "lipschitz")
+NORMS = ("sigma_max", "sigma_max_upper", "secant", "lipschitz")
 
 
 @pytest.mark.parametrize(

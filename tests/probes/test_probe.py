@@ -42,8 +42,8 @@ from tests.oracles.recording import assert_rows, expected_step, output_of
 QUICK = SensitivityConfig(epsilons=(1e-2,), directions=1, max_products=2)
 ALL_METRICS = {
     "energy", "cross", "kappa", "feature_grad_energy", "loss", "samples", "grad_energy",
-    "param_energy", "update_ratio", "secant", "secant_mean", "sigma_max",
-    "sigma_max_residual", "lipschitz",
+    "param_energy", "update_ratio", "secant", "secant_mean", "secant_worst",
+    "sigma_max", "sigma_max_upper", "lipschitz", "lipschitz_upper",
     "sample_loss", "sample_energy", "sample_kappa", "sample_grad_energy",
 }  # fmt: skip
 """Every metric of the table in `stability_probe.probes.records`."""
@@ -534,8 +534,8 @@ class TestRecordsAgainstTheOracle:
             probe.step()
         frame = probe.frame()
         assert set(frame.metric) == {
-            "energy", "grad_energy", "param_energy", "secant", "secant_mean", "sigma_max",
-            "sigma_max_residual", "sample_energy",
+            "energy", "grad_energy", "param_energy", "secant", "secant_mean", "secant_worst",
+            "sigma_max", "sigma_max_upper", "sample_energy",
         }  # fmt: skip
         assert set(frame[frame.metric == "energy"].site) == {"x", "output"}
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from scipy import stats
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stability_probe import ConstantScaling, TheoryUNet, UViT, UViTConfig, find_skips, scale_skips
-from stability_probe.theory import golub_kahan_norm, jacobian_norm
+from stability_probe.theory import golub_kahan_norm, jacobian_norm, jacobian_products
 from tests.oracles.dense import assert_matches_dense, dense_jacobian, random_matrices
 from tests.oracles.zoo import ATTENTION, X, unet2d
 
@@ -39,7 +40,7 @@ def test_against_dense_svd(shape, spectrum):
     matrices = random_matrices(shape, [SPECTRA[spectrum][: min(shape)]] * 8)
     norm = norm_of(matrices)
     assert norm.converged
-    assert (norm.residual <= 1e-3 * norm.value).all()
+    assert (norm.upper <= 1.01 * norm.value).all()
     assert_matches_dense(norm, matrices)
 
 
@@ -48,7 +49,7 @@ def test_dense_gaussian_matrices(dtype):
     generator = torch.Generator().manual_seed(3)
     matrices = torch.randn(6, 50, 80, generator=generator, dtype=dtype)
     norm = norm_of(matrices)
-    assert norm.value.dtype == norm.residual.dtype == dtype
+    assert norm.value.dtype == norm.upper.dtype == norm.right.dtype == dtype
     assert_matches_dense(norm, matrices, roundoff=1e-5 if dtype == torch.float32 else 1e-9)
 
 
@@ -72,7 +73,8 @@ def test_sigma_max_is_homogeneous():
     matrices = random_matrices((20, 20), [[1 - k / 20 for k in range(20)]])
     small, large = norm_of(matrices), norm_of(1e6 * matrices)
     torch.testing.assert_close(large.value, 1e6 * small.value)
-    torch.testing.assert_close(large.residual, 1e6 * small.residual, rtol=1e-4, atol=0)
+    torch.testing.assert_close(large.upper, 1e6 * small.upper)
+    torch.testing.assert_close(large.right, small.right)
 
 
 def test_the_length_of_the_start_does_not_matter():
@@ -88,7 +90,7 @@ def test_a_map_that_is_not_finite_gives_nan_for_its_sample_alone(bad):
     matrices = random_matrices((8, 8), [[2.0, 1.0]] * 3)
     matrices[1, 3, 4] = bad
     norm = norm_of(matrices)
-    assert norm.value.isnan().tolist() == norm.residual.isnan().tolist() == [False, True, False]
+    assert norm.value.isnan().tolist() == norm.upper.isnan().tolist() == [False, True, False]
     torch.testing.assert_close(norm.value[[0, 2]], torch.full((2,), 2.0, dtype=torch.float64))
 
 
@@ -97,8 +99,8 @@ def test_too_few_products_are_admitted():
     norm = norm_of(matrices, rtol=1e-6, max_products=4)
     assert norm.products == 4
     assert not norm.converged
-    assert (norm.residual > 1e-6 * norm.value).any()
-    assert_matches_dense(norm, matrices)  # still a lower bound with an honest residual
+    assert (norm.upper > norm.value * (1 + 1e-6)).any()
+    assert_matches_dense(norm, matrices)  # still an enclosure
 
 
 def test_a_tighter_tolerance_costs_more_and_gives_more():
@@ -280,3 +282,76 @@ def test_maps_that_are_not_each_others_transpose():
     golub_kahan_norm(apply(a), apply(a.mT), torch.ones(1, 4))
     with pytest.raises(ValueError, match="do not belong together"):
         golub_kahan_norm(apply(a), apply(a), torch.ones(1, 4))
+
+
+# ── The certificate ──────────────────────────────────────────────────────────────────────────────
+
+
+def shares_of_failure(matrix, starts, products, failure):
+    """How many of the starts give an upper bound below the true value, after some products."""
+    batch = matrix.expand(len(starts), *matrix.shape)
+    norm = norm_of(batch, start=starts, rtol=0.0, failure=failure, max_products=products)
+    sigma = torch.linalg.matrix_norm(matrix, ord=2)
+    return int((norm.upper < sigma * (1 - 1e-9)).sum()), norm.upper / sigma
+
+
+@pytest.mark.parametrize("products", [1, 3, 6])
+@pytest.mark.parametrize("failure", [0.05, 0.2])
+@pytest.mark.parametrize("spectrum", ["flat", "gap", "outlier"])
+def test_upper_bounds_fail_no_more_often_than_stated(spectrum, failure, products):
+    """Over 2,000 Gaussian starts; where one value stands alone, about as often."""
+    n = 40
+    sigma = {
+        "flat": torch.linspace(1, 0.5, n),
+        "gap": torch.cat([torch.ones(1), torch.linspace(0.7, 0.1, n - 1)]),
+        "outlier": torch.cat([torch.ones(1), torch.full((n - 1,), 1e-3)]),
+    }[spectrum].double()
+    generator = torch.Generator().manual_seed(products)
+    starts = torch.randn(2000, n, generator=generator, dtype=torch.float64)
+    failed, _ = shares_of_failure(torch.diag(sigma), starts, products, failure)
+    most = stats.binom.ppf(1 - 1e-4, len(starts), failure)
+    assert failed <= most
+    if spectrum == "outlier" and products == 1:
+        assert failed >= stats.binom.ppf(1e-4, len(starts), failure)
+
+
+def test_a_start_without_the_leading_vector_is_what_failure_means():
+    """Orthogonal to the leading vector, no product ever sees it: the certificate is wrong then."""
+    matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64))
+    blind = torch.tensor([[0.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    norm = norm_of(matrix[None], start=blind)
+    torch.testing.assert_close(norm.upper, torch.tensor([2.0], dtype=torch.float64))
+
+
+def test_a_smaller_probability_of_failure_has_a_larger_bound():
+    matrices = random_matrices((60, 60), [[1 - k / 60 for k in range(60)]])
+    bounds = [
+        norm_of(matrices, rtol=0.0, max_products=6, failure=f).upper for f in (0.1, 1e-3, 1e-9)
+    ]
+    assert bounds[0] < bounds[1] < bounds[2]
+
+
+def test_after_one_product_by_hand():
+    """K = 1 + p₁(t²)² with p₁(s) = (s − α²)/(αβ): the root is t² = α² + αβ √(1/δ² − 1)."""
+    matrix = torch.tensor([[2.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    start = torch.tensor([[1.0, 0.0]], dtype=torch.float64)  # α = 2, Aᵀu = (2, 1): β = 1
+    norm = norm_of(matrix[None], start=start, rtol=0.0, max_products=1, failure=0.5)
+    torch.testing.assert_close(norm.value, torch.tensor([2.0], dtype=torch.float64))
+    least = 0.5  # of cos² of a uniform angle
+    root = (4 + 2 * (1 / least - 1) ** 0.5) ** 0.5
+    torch.testing.assert_close(
+        norm.upper, torch.tensor([root], dtype=torch.float64), rtol=1e-5, atol=0
+    )
+
+
+def test_products_of_a_graph_are_those_of_the_dense_jacobian():
+    def fn(x):
+        return x.sin() * x.flip(1)
+
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    push, pull = jacobian_products(fn(x), x)
+    dense = dense_jacobian(fn, x)
+    v, w = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(push(v), torch.einsum("bmn,bn->bm", dense, v))
+    torch.testing.assert_close(pull(w), torch.einsum("bmn,bm->bn", dense, w))

@@ -1,3 +1,5 @@
+import operator
+
 import numpy as np
 import pytest
 
@@ -33,11 +35,13 @@ class TestChain:
         for name, value in {
             "secant": 1,
             "exact": 4,
-            "residual": 0,
-            "blockwise": 9,
-            "paper": 16,
+            "upper.exact": 4,
+            "upper.blockwise": 9,
+            "upper.paper": 16,
+            "lower.paper": 16,
         }.items():
-            np.testing.assert_array_equal(getattr(found, name), np.full((3, 8), value), name)
+            got = operator.attrgetter(name)(found)
+            np.testing.assert_array_equal(got, np.full((3, 8), value), name)
         assert found.ordered.all()
 
     def test_the_smallest_perturbation_counts(self):
@@ -50,11 +54,10 @@ class TestChain:
         gated = relabelled(altered(chain(), "sample_kappa", "skip", 0.0, stat="s3"), kappa=None)
         expected = np.full((3, 8), 9.0)
         expected[:, 3] = 3 * 2  # the middle path alone
-        np.testing.assert_array_equal(robustness_chain(gated).blockwise, expected)
+        np.testing.assert_array_equal(robustness_chain(gated).upper.blockwise, expected)
 
     def test_nothing_recorded(self):
-        found = robustness_chain(trace())
-        assert found.exact.size == found.paper.size == 0
+        assert robustness_chain(trace()) is None
 
 
 class TestVerdict:
@@ -85,7 +88,7 @@ class TestVerdict:
             ({"secant": 4.1}, 0),  # above σ_max(J)
             ({"secant": one_of(1, 4.1)}, 23 / 24),
             ({"l0": 0.0, "kappa": (0.1, 0.1)}, 0),
-            ({"exact": 10.0, "residual": 5.0}, 0),
+            ({"exact": 10.0, "width": 5.0}, 0),
         ],
     )
     def test_one_point_out_of_order_violates(self, broken, share):
@@ -93,7 +96,7 @@ class TestVerdict:
         assert verdict.status == "VIOLATED"
         assert verdict.estimate == pytest.approx(share)
 
-    @pytest.mark.parametrize("within", [{"secant": 4.03}, {"exact": 9.08}])
+    @pytest.mark.parametrize("within", [{"secant": 4.03}, {"exact": 9.0008}])
     def test_estimation_errors_are_allowed_for(self, within):
         assert robustness_verdict(chain(**within)).status == "HOLDS"
 
@@ -112,13 +115,13 @@ class TestVerdict:
     def test_broken_bounds(self, broken):
         assert robustness_verdict(chain(**broken)).status == "ASSUMPTION_UNMET"
 
-    @pytest.mark.parametrize("broken", [{"secant": float("nan")}, {"residual": float("nan")}])
+    @pytest.mark.parametrize("broken", [{"secant": float("nan")}, {"width": float("nan")}])
     def test_broken_estimates(self, broken):
         assert robustness_verdict(chain(**broken)).status in ("ASSUMPTION_UNMET", "INCONCLUSIVE")
 
-    @pytest.mark.parametrize(("residual", "status"), [(0.039, "HOLDS"), (0.041, "INCONCLUSIVE")])
-    def test_norms_that_did_not_settle(self, residual, status):
-        verdict = robustness_verdict(chain(residual=one_of(0, residual)))
+    @pytest.mark.parametrize(("width", "status"), [(0.039, "HOLDS"), (0.041, "INCONCLUSIVE")])
+    def test_norms_that_did_not_settle(self, width, status):
+        verdict = robustness_verdict(chain(width=one_of(0, width)))
         assert verdict.status == status
         assert ("did not settle at 1 points" in verdict.advice) == (status == "INCONCLUSIVE")
 
@@ -149,18 +152,18 @@ def test_points_of_one_step():
 
 def test_a_norm_that_did_not_settle_violates_nothing():
     """σ_max(J) is estimated from below: a secant above the estimate may be below the truth."""
-    verdict = robustness_verdict(chain(secant=4.5, residual=1.0))
+    verdict = robustness_verdict(chain(secant=4.5, width=1.0))
     assert verdict.status == "INCONCLUSIVE"
 
 
 class TestPaths:
     def test_pathwise_by_hand(self):
         found = robustness_chain(with_paths(chain(), around=0.5))
-        np.testing.assert_array_equal(found.pathwise, np.full((3, 8), 6.0))
-        np.testing.assert_array_equal(found.blockwise, np.full((3, 8), 9.5))
-        np.testing.assert_array_equal(found.paper, np.full((3, 8), 16.5))
-        assert found.paths.shape == (2, 3, 8)
-        assert robustness_chain(chain()).pathwise is None
+        np.testing.assert_array_equal(found.upper.pathwise, np.full((3, 8), 6.0))
+        np.testing.assert_array_equal(found.upper.blockwise, np.full((3, 8), 9.5))
+        np.testing.assert_array_equal(found.upper.paper, np.full((3, 8), 16.5))
+        assert found.upper.paths.shape == (2, 3, 8)
+        assert robustness_chain(chain()).upper.pathwise is None
 
     def test_holds_and_names_the_skip_to_blame(self):
         verdict = robustness_verdict(with_paths(chain()))
@@ -203,7 +206,7 @@ class TestPaths:
         evidence = relabelled(joined(chain(), training(norms)), **why)
         expected = 3 * 2 + 0 * 2 + 3 * 2
         np.testing.assert_array_equal(
-            robustness_chain(evidence).blockwise, np.full((3, 8), expected)
+            robustness_chain(evidence).upper.blockwise, np.full((3, 8), expected)
         )
 
     def test_a_constant_of_the_network_itself_counts(self):
@@ -211,7 +214,7 @@ class TestPaths:
         assert evidence.kappa == [0.5, 1.0]
         expected = 0.5 * 2 + 1.0 * 2 + 3 * 2
         np.testing.assert_array_equal(
-            robustness_chain(evidence).blockwise, np.full((3, 8), expected)
+            robustness_chain(evidence).upper.blockwise, np.full((3, 8), expected)
         )
 
 
@@ -220,8 +223,9 @@ class TestTable:
         rows = sensitivity_table(with_paths(chain(), around=0.25))
         assert len(rows) == 3
         assert rows[0] == {
-            "measured": 1.0, "exact": 4.0, "pathwise": 5.75, "blockwise": 9.25, "paper": 16.25,
-            "paths": [3.0, 1.5], "middle": 1.0, "around": 0.25, "gap": 1e-6,
+            "measured": 1.0, "worst": 1.0, "exact": 4.0, "exact_upper": 4.0, "pathwise": 5.75,
+            "blockwise": 9.25, "paper": 16.25, "paths": [3.0, 1.5], "middle": 1.0, "around": 0.25,
+            "shares": None, "alignment": None, "energy_shares": None, "gap": 1e-6,
         }  # fmt: skip
 
     def test_means_over_samples(self):
