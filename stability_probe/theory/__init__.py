@@ -5,6 +5,7 @@ One module a result of Huang et al. (2023), *ScaleLong* (NeurIPS 2023, arXiv:231
 package, so every other part may use it.
 """
 
+from stability_probe.theory.huang2023_concentration import log_energy_variance
 from stability_probe.theory.huang2023_features import (
     feature_band,
     feature_energy_law,
@@ -36,6 +37,7 @@ __all__ = [
     "input_energy",
     "jacobian_norm",
     "jacobian_products",
+    "log_energy_variance",
     "max_block_gain",
     "pathwise_bound",
     "robustness_bound",

@@ -1,0 +1,32 @@
+import json
+import runpy
+from pathlib import Path
+
+import pandas as pd
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "concentration" / "run.py"
+
+
+def test_the_experiment_writes_what_its_readme_promises(tmp_path, capsys):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    main(["--out", str(tmp_path / "deep" / "out"), "--networks", "1000", "--resamples", "2"])
+    out = tmp_path / "deep" / "out"
+    readme = (SCRIPT.parent / "README.md").read_text()
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "coverage.csv", "slopes.csv", "by_rho.csv", "verdicts.json", "concentration.png",
+    }  # fmt: skip
+    assert all(f"`{name}`" in readme for name in names)
+    verdicts = json.loads((out / "verdicts.json").read_text())
+    assert [verdict["run"] for verdict in verdicts] == ["h_0..h_N"] * 2 + ["h_0 alone"] * 2
+    assert verdicts[0]["status"] == "HOLDS"
+    assert verdicts[1]["status"] == "VIOLATED"
+    slopes = pd.read_csv(out / "slopes.csv")
+    assert list(slopes.n_skips) == [1, 2, 4, 8, 16]
+    assert (slopes.upper_side < slopes.lower_side).all()
+    table = pd.read_csv(out / "coverage.csv")
+    assert len(table) == 6 * 5 * 13 * 2 * 3
+    assert (table.networks == 1000).all()
+    printed = capsys.readouterr().out
+    assert "HOLDS: h_0..h_N:" in printed
+    assert "slope_times_blocks" in printed
