@@ -1,7 +1,7 @@
 """What the commands print: verdict tables, progress, one-line errors."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -95,31 +95,43 @@ def print_skips(skips: Sequence[SkipConnection]) -> None:
 
 
 def print_sensitivity(rows: Sequence[Mapping[str, Any]], levels: Sequence[float] | None) -> None:
-    """Print the hierarchy of Theorem 3.4, and the share of every path, by noise level."""
-    console = _console()
+    """Print the hierarchy of Theorem 3.4, and what every skip carries, by noise level."""
     names = {
-        "measured": "measured", "exact": "σmax(J)", "pathwise": "path by path",
-        "blockwise": "block by block", "paper": "Theorem 3.4",
+        "measured": "random", "worst": "worst direction", "exact": "σmax(J)",
+        "pathwise": "path by path", "blockwise": "block by block", "paper": "Theorem 3.4",
     }  # fmt: skip
-    head = ["t"] if levels else []
+    cells = [[row[key] for key in names] for row in rows]
+    _print_numbers("Sensitivity to the input, mean over samples", names.values(), cells, levels)
+    skips = [f"skip {i}" for i in range(1, len(rows[0]["paths"]) + 1)]
+    paths = [*skips, "middle", "around"]
+    cells = [[*row["paths"], row["middle"], row["around"]] for row in rows]
+    title = "Norm of every path, κᵢ‖Pᵢ‖: which skip carries it"
+    _print_numbers(title, paths, cells, levels)
+    cells = [row["shares"] for row in rows]
+    _print_numbers("Share of every path in the worst case, wᵀκᵢPᵢv/σmax", paths, cells, levels)
+    cells = [row["energy_shares"] for row in rows]
+    title = "Share of every skip in the energy that its merge reads"
+    _print_numbers(title, skips, cells, levels)
+    print()
+
+
+def _print_numbers(
+    title: str,
+    names: Iterable[str],
+    rows: Sequence[Sequence[float | None] | None],
+    levels: Sequence[float] | None,
+) -> None:
+    """A table of numbers, a row a noise level; nothing if they were not measured."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (*head, *names.values()):
+    for name in (["t"] if levels else []) + list(names):
         table.add_column(name, justify="right", no_wrap=True)
     for k, row in enumerate(rows):
-        first = [f"{levels[k]:g}"] if levels else []
-        table.add_row(*first, *(_number(row[key]) for key in names))
-    console.print(Text("\nSensitivity to the input, mean over samples", style="bold"))
+        if row is None:
+            return
+        table.add_row(*([f"{levels[k]:g}"] if levels else []), *map(_number, row))
+    console = _console()
+    console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
-    paths = Table(box=None, pad_edge=False, header_style="bold")
-    n = len(rows[0]["paths"])
-    for name in (*head, *(f"skip {i}" for i in range(1, n + 1)), "middle", "around"):
-        paths.add_column(name, justify="right", no_wrap=True)
-    for k, row in enumerate(rows):
-        first = [f"{levels[k]:g}"] if levels else []
-        paths.add_row(*first, *map(_number, (*row["paths"], row["middle"], row["around"])))
-    console.print(Text("\nNorm of every path, κᵢ‖Pᵢ‖: which skip carries it", style="bold"))
-    console.print(paths)
-    print()
 
 
 def note(text: str) -> None:

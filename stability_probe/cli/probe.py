@@ -211,7 +211,7 @@ def mean_over_levels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [row[key] for row in rows]
         if values[0] is None:
             mean[key] = None
-        elif key == "paths":
+        elif isinstance(values[0], list):
             mean[key] = [sum(level) / len(rows) for level in zip(*values, strict=True)]
         else:
             mean[key] = max(values) if key == "gap" else sum(values) / len(rows)

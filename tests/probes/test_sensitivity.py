@@ -19,12 +19,11 @@ from stability_probe import (
 )
 from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityProbe
 from stability_probe.probes.graph import feature_graph
-from stability_probe.probes.sample_gradients import sample_gradients
 from stability_probe.skips import parameter_blocks, parse_scaling
 from stability_probe.theory import blockwise_bound, max_block_gain, robustness_bound
 from tests.oracles.architectures import ZOO
 from tests.oracles.dense import dense_jacobian
-from tests.oracles.recording import block_of, blocks_at, energy, output_of, parts_of, run_pass
+from tests.oracles.recording import blocks_at, energy, output_of, parts_of, run_pass
 
 CONSTANT = ("unscaled", "inverse-sqrt2", "uniform:0", "cs:0.7")
 SHARP = SensitivityConfig(rtol=1e-6, block_rtol=1e-6, max_products=600)
@@ -117,11 +116,10 @@ class TestJacobianNorms:
                 dense_jacobian(output_alone(net, t[s : s + 1]), x[s : s + 1]) for s in range(len(x))
             ]
         sigma = torch.linalg.svdvals(torch.cat(dense))
-        value, residual = found["sigma_max", "J", 0], found["sigma_max_residual", "J", 0]
-        torch.testing.assert_close(value, sigma[:, 0], rtol=1e-2, atol=0)
+        value, upper = found["sigma_max", "J", 0], found["sigma_max_upper", "J", 0]
         assert (value <= sigma[:, 0] * (1 + 1e-9)).all()
-        assert ((sigma - value[:, None]).abs().amin(1) <= residual + 1e-9 * value).all()
-        assert (residual <= 5e-3 * value).all()
+        assert (upper >= sigma[:, 0] * (1 - 1e-9)).all()
+        assert (upper <= 1.01 * value * (1 + 1e-9)).all()
 
     @pytest.mark.parametrize("name", ["add", "concat", "uvit"])
     @pytest.mark.parametrize("scheme", ["unscaled", "cs:0.7"])
@@ -141,24 +139,28 @@ class TestJacobianNorms:
                 }
                 for block, (fn, v) in blocks.items():
                     dense = torch.linalg.matrix_norm(dense_jacobian(fn, v)[0], ord=2)
-                    measured = found[("lipschitz", *block)][s]
-                    assert measured >= dense * (1 - 1e-9), block
-                    assert measured <= dense * (1 + 1e-4), block
+                    low, high = (found[(m, *block)][s] for m in ("lipschitz", "lipschitz_upper"))
+                    assert low <= dense * (1 + 1e-9), block
+                    assert high >= dense * (1 - 1e-9), block
+                    assert high <= low * (1 + 1e-5) + 1e-12, block
 
-    def test_a_rough_norm_errs_upwards(self, cases):
-        """An estimate lies below σ_max; with its residual it nearly always lies above."""
+    def test_a_rough_norm_is_still_enclosed(self, cases):
+        """After three products the bounds are far apart, and the truth between them."""
         rough = SensitivityConfig(max_products=3)
         with measuring(cases["concat"], "unscaled", n=8, config=rough) as (probe, net):
             found = by_site(probe.measure())
             x, t = probe.batch.args
-            above = []
+            inside, apart = [], []
             for s in range(len(x)):
                 blocks, _ = blocks_at(net, x[s][None], t[s][None], [1.0] * 3)
                 for block, (fn, v) in blocks.items():
                     dense = torch.linalg.matrix_norm(dense_jacobian(fn, v)[0], ord=2)
-                    above.append((found[("lipschitz", *block)][s] >= dense).item())
-        assert len(above) == 8 * 10
-        assert sum(above) > 0.8 * len(above)
+                    low, high = (found[(m, *block)][s] for m in ("lipschitz", "lipschitz_upper"))
+                    inside.append((low <= dense * (1 + 1e-9)).item() and (dense <= high).item())
+                    apart.append((high / low).item())
+        assert len(inside) == 8 * 10
+        assert all(inside)
+        assert max(apart) > 1.5
 
     def test_default_tolerances_cost_a_tenth_at_most(self, cases):
         for name in ("add", "concat", "uvit", "unet2d"):
@@ -208,7 +210,8 @@ class TestJacobianNorms:
             few = by_site(probe.measure())
         sizes = {metric: len(value) for (metric, *_), value in found.items()}
         assert sizes == {
-            "secant": 2, "secant_mean": 2, "sigma_max": 2, "sigma_max_residual": 2, "lipschitz": 2,
+            "secant": 2, "secant_mean": 2, "secant_worst": 2, "sigma_max": 2, "sigma_max_upper": 2,
+            "lipschitz": 2, "lipschitz_upper": 2,
             "sample_energy": 5, "sample_kappa": 5, "sample_loss": 5, "sample_grad_energy": 5,
         }  # fmt: skip
         for site, value in few.items():
@@ -357,97 +360,11 @@ class TestSampleEnergies:
         for i in range(1, n + 1):
             gain = (energy(seen.ku[i]) / energy(seen.u[i])).sqrt()
             expected["sample_kappa", "skip", i] = gain
+            expected["sample_energy", "ku", i] = energy(seen.ku[i])
+            expected["sample_energy", "z", i] = energy(seen.z[i])
         assert found.keys() == expected.keys()
         for site, value in expected.items():
             torch.testing.assert_close(found[site], value, rtol=1e-9, atol=1e-12)
-
-
-def gradients_by_hand(net, batch):
-    """ℓ_s and the largest ‖∇_W ℓ_s‖² by block, one backward pass a sample."""
-    losses, rows = [], []
-    net.eval()
-    for s in range(len(batch.x)):
-        net.zero_grad()
-        x, t = (v[s : s + 1] for v in batch.args)
-        loss = (output_of(net, x, t) - batch.target[s : s + 1]).square().mean()
-        loss.backward()
-        losses.append(loss.detach())
-        largest: dict[tuple[str, int], torch.Tensor] = {}
-        for name, p in net.named_parameters():
-            block = block_of(net, name)
-            if p.ndim > 1 and p.requires_grad and block[0] in ("a", "b"):
-                here = p.grad.square().sum()
-                largest[block] = max(largest.get(block, here), here)
-        rows.append(largest)
-    return torch.stack(losses), {b: torch.stack([row[b] for row in rows]) for b in rows[0]}
-
-
-def gradients_of(probe):
-    return sample_gradients(probe.model, probe.blocks, probe.batch, probe.config.chunk)
-
-
-class TestSampleGradients:
-    @pytest.mark.parametrize(
-        ("dtype", "rtol"), [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=str
-    )
-    @pytest.mark.parametrize("scheme", ["cs:0.7", "ls"])
-    def test_are_those_of_single_backward_passes(self, case, dtype, rtol, scheme):
-        with measuring(case, scheme, dtype=dtype) as (probe, net), sdpa_kernel(SDPBackend.MATH):
-            net.eval()
-            found = by_site(gradients_of(probe))
-            losses, largest = gradients_by_hand(net, probe.batch)
-        torch.testing.assert_close(found["sample_loss", "loss", 0], losses, rtol=rtol, atol=0)
-        n = len(probe.skips)
-        assert set(largest) == {(kind, i) for kind in "ab" for i in range(1, n + 1)}
-        for (kind, i), value in largest.items():
-            measured = found["sample_grad_energy", kind, i]
-            torch.testing.assert_close(measured, value, rtol=rtol, atol=0)
-        assert len(found) == 1 + len(largest)
-
-    @pytest.mark.parametrize("chunk", [1, 2, 4])
-    def test_chunks_make_no_difference(self, case, chunk):
-        with measuring(case, n=5) as (probe, net), sdpa_kernel(SDPBackend.MATH):
-            net.eval()
-            whole = gradients_of(probe)
-            probe.config = SensitivityConfig(chunk=chunk)
-            parts = gradients_of(probe)
-        assert whole.keys() == parts.keys()
-        for key, value in whole.items():
-            torch.testing.assert_close(parts[key], value, rtol=1e-9, atol=0)
-
-    def test_frozen_weights_are_left_out(self, cases):
-        case = cases["add"]
-        net = case.net(torch.float64)
-        net.encoder[0].requires_grad_(False)
-        net.decoder[1].block.layer1.weight.requires_grad_(False)
-        with measuring(case, net=net) as (probe, _):
-            found = by_site(probe.measure())
-            _, largest = gradients_by_hand(net, probe.batch)
-        assert ("sample_grad_energy", "a", 1) not in found
-        torch.testing.assert_close(
-            found["sample_grad_energy", "b", 2], largest["b", 2], rtol=1e-9, atol=0
-        )
-
-    def test_need_a_target_and_a_weight(self, cases):
-        with measuring(cases["add"], target=None) as (probe, _):
-            metrics = {key.metric for key in probe.measure()}
-        assert "sample_loss" not in metrics
-        assert "sample_energy" in metrics
-        with measuring(cases["add"]) as (probe, net):
-            net.requires_grad_(False)
-            assert gradients_of(probe) == {}
-
-    def test_the_loss_function_is_the_batchs(self, cases):
-        def doubled(output, target):
-            return 2 * (output - target).square().flatten(1).mean(1)
-
-        with measuring(cases["concat"]) as (probe, _):
-            plain = by_site(probe.measure())
-        with measuring(cases["concat"], loss_fn=doubled) as (probe, _):
-            twice = by_site(probe.measure())
-        for site, value in plain.items():
-            factor = {"sample_loss": 2, "sample_grad_energy": 4}.get(site[0], 1)
-            torch.testing.assert_close(twice[site], factor * value, rtol=1e-9, atol=1e-15)
 
 
 class TestMeasure:
@@ -476,9 +393,9 @@ class TestMeasure:
         assert first.keys() == second.keys() == third.keys()
         assert all(torch.equal(first[site], second[site]) for site in first)
         assert not torch.equal(first["secant", "eps=0.1", 0], third["secant", "eps=0.1", 0])
-        drawn = ("secant", "secant_mean", "sigma_max", "sigma_max_residual", "lipschitz")
+        drawn = ("secant", "sigma_max", "lipschitz", "gate")
         for site, value in first.items():
-            if site[0] not in drawn:
+            if not site[0].startswith(drawn):
                 assert torch.equal(value, third[site])
 
     def test_works_under_no_grad_and_holds_no_graph(self, cases):
@@ -521,7 +438,7 @@ class TestMeasure:
             found = by_site(probe.measure())
         others = [0, 2, 3]
         for site, value in found.items():
-            if site[0] != "sigma_max_residual":
+            if not site[0].startswith("secant"):
                 torch.testing.assert_close(value[others], clean[site][others], rtol=1e-4, atol=0)
         for site in (
             ("secant", "eps=0.1", 0), ("sigma_max", "J", 0), ("lipschitz", "a", 1),
@@ -562,8 +479,7 @@ class TestMeasure:
         one, scaled = found(1.0), found(c)
         for site, value in one.items():
             power = powers.get(site[0], 0)
-            if site[0] != "sigma_max_residual":
-                torch.testing.assert_close(scaled[site], c**power * value, rtol=1e-5, atol=1e-12)
+            torch.testing.assert_close(scaled[site], c**power * value, rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,230 @@
+"""`suggest`: the κ that meets a budget of sensitivity or feature energy at the least change."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from stability_probe.checkpoints.noise import load_schedule
+from stability_probe.checkpoints.reading import brief
+from stability_probe.cli.console import PIPE_WIDTH, note, progress
+from stability_probe.cli.options import SubjectOptions
+from stability_probe.cli.probe import ProbeOptions, points_of
+from stability_probe.cli.subject import Subject, learned_scaling, open_subject
+from stability_probe.errors import StabilityProbeError
+from stability_probe.runs.run import finite
+from stability_probe.runs.suggesting import (
+    QUANTITIES,
+    Budget,
+    Candidate,
+    Suggestion,
+    suggest_kappa,
+)
+from stability_probe.skips import Scaling, parse_scaling
+from stability_probe.skips.scaling import FixedScaling
+
+_NAMES = {"sigma_max": "σmax(J)", "pathwise": "path by path", "energy": "‖h₀‖²/‖x‖²"}
+
+
+@dataclass(frozen=True)
+class SuggestOptions:
+    """What to keep below what.
+
+    Attributes:
+        budget: a number, or a percentage of what is measured now.
+        of: `sensitivity`, `pathwise` or `energy`.
+        noise_levels: numbers with commas between them; `None` for three of them.
+        scheme: a scaling that the network has already; `None` for the network as it is.
+        sensitive: how many samples the norms of Jacobians are taken on.
+    """
+
+    budget: str
+    of: str = "sensitivity"
+    noise_levels: str | None = None
+    scheme: str | None = None
+    sensitive: int = 4
+
+
+@dataclass(frozen=True)
+class Suggested:
+    """What came of it.
+
+    Attributes:
+        subject: the network.
+        scheme: the scaling that it was measured with; `None` for none.
+        found: the suggestion.
+        noise_levels: where it was measured; `None` if the network takes none.
+        notes: what was assumed.
+    """
+
+    subject: Subject
+    scheme: Scaling | None
+    found: Suggestion
+    noise_levels: list[float] | None
+    notes: list[str]
+
+    def name_of(self, candidate: Candidate) -> str | None:
+        """The scheme to pass with `--scheme`; `None` where it goes on top of another one."""
+        n = len(self.subject.skips)
+        given = self.scheme.coefficients(n) if self.scheme else [1.0] * n
+        if given is None:
+            return None
+        return FixedScaling([k * m for k, m in zip(given, candidate.multipliers, strict=True)]).name
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        found = self.found
+        rows = zip(self.subject.skips, found.kappa, found.best.kappa, found.cs.kappa, strict=True)
+        everything: Any = finite(
+            {
+                "checkpoint": self.subject.checkpoint.description,
+                "notes": self.notes,
+                "noise_levels": self.noise_levels,
+                "levels": [
+                    {"level": s.level, "source": s.source, "kappa": k, "suggested": b, "cs": c}
+                    for s, k, b, c in rows
+                ],
+                "scheme": self.name_of(found.best),
+                "cs_scheme": self.name_of(found.cs),
+                **found.as_dict(),
+            }
+        )
+        return dict(everything)
+
+
+def parse_budget(text: str) -> Budget:
+    """A budget from its text.
+
+    Raises:
+        StabilityProbeError: if it is neither a number nor a percentage.
+
+    >>> parse_budget("1.2"), parse_budget("80%")
+    (Budget(value=1.2, relative=False), Budget(value=0.8, relative=True))
+    """
+    number = text.strip().removesuffix("%")
+    relative = text.strip().endswith("%")
+    try:
+        value = float(number)
+    except ValueError:
+        raise StabilityProbeError(
+            f"--budget {text!r}: must be a number such as 1.2, or a percentage such as 80% of what "
+            "is measured now"
+        ) from None
+    return Budget(value / 100 if relative else value, relative)
+
+
+def run_suggest(what: SubjectOptions, how: SuggestOptions) -> Suggested:
+    """Load, measure, solve, measure again.
+
+    Raises:
+        StabilityProbeError: if one of these cannot be done, or no κ meets the budget.
+    """
+    budget = parse_budget(how.budget)
+    of = next((quantity for quantity in QUANTITIES if quantity == how.of), None)
+    if of is None:
+        raise StabilityProbeError(f"--of {how.of!r}: must be one of {', '.join(QUANTITIES)}")
+    schedule = load_schedule(what.checkpoint)
+    subject = open_subject(what)
+    if not subject.skips:
+        raise StabilityProbeError(
+            f"{what.checkpoint}: {type(subject.model).__name__} has no long skips (N = 0) to scale;"
+            " name merges of it with --skips SOURCE=SINK"
+        )
+    scheme = (
+        parse_scaling(how.scheme)
+        if how.scheme
+        else learned_scaling(subject.checkpoint, subject.skips)
+    )
+    probing = ProbeOptions(Path(), how.noise_levels, None, how.scheme, how.sensitive)
+    points, notes = points_of(subject, schedule, probing)
+    for line in (subject.checkpoint.description, *notes):
+        note(line)
+    batches = [point.batch for point in points]
+    try:
+        with progress() as display:
+            task = display.add_task("measurements", total=None)
+            found = suggest_kappa(
+                subject.model, subject.skips, batches, budget, of=of, scheme=scheme,
+                seed=what.seed, on_measured=lambda: display.advance(task),
+            )  # fmt: skip
+    except StabilityProbeError:
+        raise
+    except Exception as error:  # the network's own code, or an operation without a derivative
+        raise StabilityProbeError(
+            f"{type(subject.model).__name__} cannot be measured ({brief(error)})"
+        ) from error
+    levels = [p.noise_level for p in points if p.noise_level is not None]
+    return Suggested(subject, scheme, found, levels or None, [*notes, *found.notes])
+
+
+def print_suggestion(result: Suggested) -> None:
+    """Print κ by level, the values before and after, and how to apply the suggestion."""
+    found = result.found
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console.print(_kappa_table(result))
+    print()
+    console.print(_value_table(found))
+    print()
+    for line in found.notes:
+        print(f"note: {line}")
+    if not found.best.met:
+        print(
+            f"no κ that meets the budget was found in {found.best.rounds} rounds; shown is the "
+            "lowest value that was measured"
+        )
+    if found.best.highest > found.before[_held(found)]:
+        print(
+            f"on the way {found.best.highest:.4g} was measured, more than as found: in front of a "
+            "normalisation a smaller κ makes the other paths steeper"
+        )
+    if not found.cs.met:
+        print("no CS was found that meets the budget: it never scales skip 1")
+    _print_use(result.name_of(found.best), found.best)
+
+
+def _held(found: Suggestion) -> str:
+    """Which of the measured values is kept below the budget."""
+    return "sigma_max" if found.of == "sensitivity" else found.of
+
+
+def _kappa_table(result: Suggested) -> Table:
+    found = result.found
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("level", "source", "κ as found", "κ suggested", "κ of CS"):
+        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+    columns = (found.kappa, found.best.kappa, found.cs.kappa)
+    for s, *kappa in zip(result.subject.skips, *columns, strict=True):
+        table.add_row(str(s.level), s.source or "(input)", *(f"{k:.4g}" for k in kappa))
+    return table
+
+
+def _value_table(found: Suggestion) -> Table:
+    """The largest values over samples and noise levels."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("largest", "as found", "suggested", "CS", "budget"):
+        table.add_column(name, justify="left" if name == "largest" else "right", no_wrap=True)
+    held = _held(found)
+    for key, before in found.before.items():
+        row = (before, found.best.measured[key], found.cs.measured[key])
+        budget = f"{found.budget:.4g}" if key == held else ""
+        table.add_row(_NAMES[key], *(f"{v:.4g}" for v in row), budget)
+    both = (found.best, found.cs)
+    table.add_row("predicted", "", *(f"{c.predicted:.4g}" for c in both), "")
+    table.add_row("rounds", "", *(str(c.rounds) for c in both), "")
+    table.add_row("budget met", "", *("yes" if c.met else "no" for c in both), "")
+    return table
+
+
+def _print_use(scheme: str | None, best: Candidate) -> None:
+    """How to apply a suggestion."""
+    if scheme is None:
+        name = FixedScaling(best.multipliers).name
+        print(f"to use it, on top of the scaling that the network has: {name}")
+    else:
+        name = scheme
+        print(f"to use it: stability-probe probe ... --scheme {name}")
+    print("  from stability_probe.skips import find_skips, parse_scaling, scale_skips")
+    print(f'  scale_skips(model, find_skips(model, x, t), parse_scaling("{name}"))')
