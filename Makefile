@@ -24,6 +24,9 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/sigma_max.py
+	$(BIN)/python benchmarks/sample_gradients.py
+	$(BIN)/python benchmarks/tightness.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

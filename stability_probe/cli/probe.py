@@ -125,7 +125,7 @@ def _measure(
         "config": {"options": {k: str(v) for k, v in vars(what).items()}},
         "notes": notes,
     }
-    config = ProbingConfig(SensitivityConfig(paths=True, chunk=0), what.seed)
+    config = ProbingConfig(SensitivityConfig(paths=True), what.seed)
     try:
         with progress() as display:
             task = display.add_task("noise levels", total=len(points))

@@ -1,41 +1,53 @@
-"""Theorem 3.3's left side: the gradient energies of single samples."""
+"""Theorem 3.3's left side: the gradient energies of single samples.
 
-from collections.abc import Mapping
+Layers give them without the gradients (`outer_products`), for many samples at once. One sample's
+gradients are also taken as they are: a weight whose energy differs there, because it is used
+elsewhere too or because samples do not lie in order in its layer, is not left to the layers. Such
+weights, and those of no layer, are left to `torch.vmap`, and where the network cannot be put
+through it, to one backward pass a sample, which needs the least memory too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stability_probe.probes.batch import ProbeBatch
+from stability_probe.probes.outer_products import LayerEnergy, layer_calls, layer_energies
 from stability_probe.probes.records import Key
 from stability_probe.skips import Block
 
+Energies = dict[str, Tensor]
+"""‖∇_W ℓ_s‖² of every weight by name, a vector over samples."""
+
 
 def sample_gradients(
-    model: nn.Module, blocks: Mapping[str, Block], batch: ProbeBatch, chunk: int
+    model: nn.Module, blocks: Mapping[str, Block], batch: ProbeBatch, memory: int
 ) -> dict[Key, Tensor]:
     """ℓ_s, and for every block a_i, b_i the largest ‖∇_W ℓ_s‖² over its weight matrices W.
 
     Args:
-        model: the network, in the mode it is to run in.
+        model: the network, in a mode in which samples do not interact.
         blocks: the block of every parameter by name.
         batch: the samples, with a target.
-        chunk: samples whose gradients are held at once; 0 takes one after the other without
-            `torch.vmap`.
+        memory: bytes that the samples measured at once may take, beside the network; one sample
+            is always measured, and all if the network takes batches of just this size.
 
     Returns:
         `sample_loss`, and `sample_grad_energy` at the sites a and b: vectors over samples.
     """
-    names = [
-        name
+    weights = {
+        name: p
         for name, p in model.named_parameters()
         if p.requires_grad and p.ndim > 1 and blocks[name].kind in ("a", "b")
-    ]
-    if not names:
+    }
+    if not weights:
         return {}
-    per_weight, losses = (
-        _together(model, names, batch, chunk) if chunk else _in_turn(model, names, batch)
-    )
+    per_weight, losses = weight_energies(model, weights, batch, memory)
     found = {Key("sample_loss", "loss", 0, ""): losses}
     for name, energy in per_weight.items():
         block = blocks[name]
@@ -44,40 +56,120 @@ def sample_gradients(
     return found
 
 
-def _together(
-    model: nn.Module, names: list[str], batch: ProbeBatch, chunk: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """‖∇_W ℓ_s‖² of every weight, and ℓ_s, a chunk of samples at a time."""
+def weight_energies(
+    model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch, memory: int
+) -> tuple[Energies, Tensor]:
+    """‖∇_W ℓ_s‖² of every weight, and ℓ_s."""
+    first, need = _first_sample(model, weights, batch)
+    found, losses = _by_layers(model, weights, batch, first, _at_once(batch, memory, need))
+    rest = {name: w for name, w in weights.items() if name not in found}
+    if rest:
+        need += sum(w.nbytes for w in rest.values())
+        found |= _by_vmap(model, rest, batch, _at_once(batch, memory, need))
+    return {name: found[name] for name in weights}, losses
+
+
+def _at_once(batch: ProbeBatch, memory: int, need: int) -> int:
+    """How many samples to measure at once, if one needs so many bytes."""
+    samples = len(batch.x)
+    return samples if batch.whole else min(samples, max(1, memory // max(1, need)))
+
+
+def _first_sample(
+    model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch
+) -> tuple[Energies, int]:
+    """The energies of the first sample from its gradients, and the bytes that a sample needs."""
+    few = batch if batch.whole else batch.head(1)
+    with torch.enable_grad(), layer_calls(model, weights) as calls, _saved_bytes(model) as saved:
+        loss = few.losses(model)[0]
+    grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    held = sum(saved.values()) + sum(call.bytes_held for call in calls)
+    need = held + max((call.bytes_worked for call in calls), default=0)
+    return dict(zip(weights, map(_energy, grads), strict=True)), need
+
+
+def _energy(grad: Tensor | None) -> Tensor:
+    return torch.zeros(()) if grad is None else grad.square().sum()
+
+
+@contextmanager
+def _saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Collects the bytes of every tensor kept for the backward pass, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _by_layers(
+    model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch, first: Energies, size: int
+) -> tuple[Energies, Tensor]:
+    """What the layers give for certain, and ℓ_s, so many samples at once."""
+    parts: list[dict[str, LayerEnergy]] = []
+    losses: list[Tensor] = []
+    for start in range(0, len(batch.x), size):
+        some = batch if size == len(batch.x) else batch.samples(slice(start, start + size))
+        with torch.enable_grad(), layer_calls(model, weights) as calls:
+            here = some.losses(model)
+        parts.append(layer_energies(weights, calls, here))
+        losses.append(here.detach())
+    found = {
+        name: torch.cat([part[name].energy for part in parts])
+        for name in weights
+        if _certain([part.get(name) for part in parts], first[name])
+    }
+    return found, torch.cat(losses)
+
+
+def _certain(parts: Sequence[LayerEnergy | None], first: Tensor) -> bool:
+    """Whether all samples passed the same layers, and the first has the energy of its gradient."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or len({part.shape for part in known}) > 1:
+        return False
+    energy = known[0].energy[0]
+    rtol = torch.finfo(energy.dtype).eps ** 0.5
+    return bool((energy - first).abs() <= rtol * first)
+
+
+def _by_vmap(
+    model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch, size: int
+) -> Energies:
+    """The energies of any weights, so many samples at once, or in turn if vmap fails."""
+    if batch.whole:
+        return _in_turn(model, weights, batch)
     frozen = {name: p.detach() for name, p in model.named_parameters()}
 
-    def loss(weights: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
+    def loss(wanted: dict[str, Tensor], sample: list[Tensor]) -> Tensor:
         one = batch.with_tensors([tensor[None] for tensor in sample])
-        all_of_them = {**frozen, **weights}
+        all_of_them = {**frozen, **wanted}
         return one.losses(lambda *a, **kw: functional_call(model, all_of_them, a, kw))[0]
 
-    def energies(sample: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        weights = {name: frozen[name] for name in names}
-        grads, value = grad_and_value(loss)(weights, sample)
-        return {name: g.square().sum() for name, g in grads.items()}, value
+    def energies(sample: list[Tensor]) -> Energies:
+        grads = grad(loss)({name: frozen[name] for name in weights}, sample)
+        return {name: g.square().sum() for name, g in grads.items()}
 
-    found: tuple[dict[str, Tensor], Tensor] = vmap(energies, chunk_size=chunk)(batch.tensors())
+    try:
+        with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other
+            found: Energies = vmap(energies, chunk_size=size)(batch.tensors())
+    except Exception:  # whatever the network itself raises, it raises again below
+        return _in_turn(model, weights, batch)
     return found
 
 
-def _in_turn(
-    model: nn.Module, names: list[str], batch: ProbeBatch
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The same, one sample after the other."""
-    parameters = dict(model.named_parameters())
-    weights = [parameters[name] for name in names]
-    rows: list[Tensor] = []
-    losses: list[Tensor] = []
+def _in_turn(model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch) -> Energies:
+    """The energies of any weights of any network, one sample after the other."""
+    rows = []
     for s in range(len(batch.x)):
         alone = batch if batch.whole else batch.samples(slice(s, s + 1))
         with torch.enable_grad():
             loss = alone.losses(model)[s if batch.whole else 0]
-            grads = torch.autograd.grad(loss, weights, allow_unused=True)
-        nothing = loss.new_zeros(())
-        rows.append(torch.stack([nothing if g is None else g.square().sum() for g in grads]))
-        losses.append(loss.detach())
-    return dict(zip(names, torch.stack(rows, dim=1), strict=True)), torch.stack(losses)
+        grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        rows.append(torch.stack([_energy(g).to(loss.device) for g in grads]))
+    return dict(zip(weights, torch.stack(rows, dim=1), strict=True))

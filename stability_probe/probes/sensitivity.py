@@ -46,8 +46,7 @@ class SensitivityConfig:
         rtol: how closely σ_max(J) is enclosed: its upper bound over its estimate, less 1.
         block_rtol: the same for blocks, skips and paths.
         max_products: most products with a Jacobian and its transpose for one norm.
-        chunk: samples whose gradients are held at once; 0 takes one sample after the other without
-            `torch.vmap`, which not every network can be put through.
+        memory: bytes that the samples whose gradients are measured at once may take.
         paths: also measure the norms of the paths through every skip, through the middle and around
             them, at N + 2 more norms of the whole network.
 
@@ -60,7 +59,7 @@ class SensitivityConfig:
     rtol: float = 1e-2
     block_rtol: float = 2e-2
     max_products: int = 60
-    chunk: int = 32
+    memory: int = 2**27
     paths: bool = False
 
     def __post_init__(self) -> None:
@@ -68,7 +67,7 @@ class SensitivityConfig:
             raise StabilityProbeError(
                 f"SensitivityConfig: epsilons must be positive fractions, got {self.epsilons}"
             )
-        for name, least in (("directions", 1), ("max_products", 1), ("chunk", 0)):
+        for name, least in (("directions", 1), ("max_products", 1), ("memory", 1)):
             if getattr(self, name) < least:
                 raise StabilityProbeError(
                     f"SensitivityConfig: {name} must be at least {least}, got {getattr(self, name)}"
@@ -105,7 +104,7 @@ class SensitivityProbe:
             found.update(self.sample_energies())
             if self.batch.target is not None:
                 found.update(
-                    sample_gradients(self.model, self.blocks, self.batch, self.config.chunk)
+                    sample_gradients(self.model, self.blocks, self.batch, self.config.memory)
                 )
         return found
 

@@ -50,14 +50,11 @@ class ProbingConfig:
     """What is measured at every noise level.
 
     Attributes:
-        sensitivity: how norms are taken; with the paths through every skip, and gradients one
-            sample after the other, which works for any network.
+        sensitivity: how norms are taken; with the paths through every skip.
         seed: of random directions and starting vectors.
     """
 
-    sensitivity: SensitivityConfig = field(
-        default_factory=lambda: SensitivityConfig(paths=True, chunk=0)
-    )
+    sensitivity: SensitivityConfig = field(default_factory=lambda: SensitivityConfig(paths=True))
     seed: int = 0
 
 

@@ -11,7 +11,11 @@ from stability_probe.theory.huang2023_features import (
     feature_energy_law,
     skip_energy_sum,
 )
-from stability_probe.theory.huang2023_gradients import gradient_bound, gradient_scale
+from stability_probe.theory.huang2023_gradients import (
+    gradient_bound,
+    gradient_energy_law,
+    gradient_scale,
+)
 from stability_probe.theory.huang2023_input import input_energy
 from stability_probe.theory.huang2023_robustness import (
     blockwise_bound,
@@ -33,6 +37,7 @@ __all__ = [
     "feature_energy_law",
     "golub_kahan_norm",
     "gradient_bound",
+    "gradient_energy_law",
     "gradient_scale",
     "input_energy",
     "jacobian_norm",

@@ -489,7 +489,7 @@ class TestMeasure:
         ({"epsilons": (0.1, 0.0)}, "epsilons must be positive fractions"),
         ({"directions": 0}, "directions must be at least 1, got 0"),
         ({"max_products": 0}, "max_products must be at least 1, got 0"),
-        ({"chunk": -1}, "chunk must be at least 0, got -1"),
+        ({"memory": 0}, "memory must be at least 1, got 0"),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ from stability_probe.runs import ProbedPoint, ProbingConfig, record_checkpoint
 from stability_probe.verify import Evidence
 from tests.oracles.zoo import CASES, T, X, hook_count
 
-QUICK = ProbingConfig(SensitivityConfig(directions=1, max_products=12, chunk=0, paths=True))
+QUICK = ProbingConfig(SensitivityConfig(directions=1, max_products=12, memory=1, paths=True))
 
 
 def points(*levels, samples=2, **changes):
@@ -59,7 +59,8 @@ def test_records_and_what_is_known(net, tmp_path):
     assert sorted(frame.step.unique()) == [1, 2]
     assert set(frame.metric) == {
         "energy", "cross", "kappa", "feature_grad_energy", "loss", "secant", "secant_mean",
-        "sigma_max", "sigma_max_residual", "lipschitz", "path", "path_gap", "sample_energy",
+        "secant_worst", "sigma_max", "sigma_max_upper", "lipschitz", "lipschitz_upper", "path",
+        "path_upper", "path_share", "path_alignment", "path_gap", "sample_energy",
         "sample_kappa", "sample_loss", "sample_grad_energy", "counterfactual_energy",
     }  # fmt: skip
     assert np.isfinite(frame.value).all()
@@ -85,9 +86,9 @@ def test_gradients_need_a_target(net, tmp_path):
     )
 
 
-def test_per_sample_gradients_one_after_the_other_are_those_of_vmap(net, tmp_path):
+def test_per_sample_gradients_one_after_the_other_are_those_of_all_at_once(net, tmp_path):
     where = points(50.0, target=torch.zeros(2, *X.shape[1:]))
-    together = ProbingConfig(SensitivityConfig(directions=1, max_products=12, chunk=2))
+    together = ProbingConfig(SensitivityConfig(directions=1, max_products=12))
     a = Evidence.of(record(net, tmp_path / "a", where))
     b = Evidence.of(record(net, tmp_path / "b", where, config=together))
     for kind in "ab":
