@@ -210,7 +210,12 @@ def probe(
     as_json: options.AsJson = False,
 ) -> None:
     """Measure a trained network: features, sensitivity, gradients; hold them against theorems."""
-    from stability_probe.cli.console import print_sensitivity, print_skips, print_verdicts
+    from stability_probe.cli.console import (
+        print_global_bound,
+        print_sensitivity,
+        print_skips,
+        print_verdicts,
+    )
     from stability_probe.cli.probe import ProbeOptions, run_probe
 
     what = options.SubjectOptions(
@@ -223,6 +228,7 @@ def probe(
         return
     print_skips(found.subject.skips)
     print_sensitivity(found.sensitivity, found.run.info["noise_levels"])
+    print_global_bound(found.global_bound, found.run.info["global_constants"].get("refused"))
     print_verdicts(found.verdicts)
     print(f"run: {found.run.path}")
     for file in found.figures:

@@ -115,6 +115,14 @@ def print_sensitivity(rows: Sequence[Mapping[str, Any]], levels: Sequence[float]
     print()
 
 
+def print_global_bound(bound: float | None, refused: str | None) -> None:
+    """Print Theorem 3.4 with global constants, or why it has none."""
+    if bound is None:
+        print(f"Theorem 3.4 with global constants: none ({refused})\n")
+    else:
+        print(f"Theorem 3.4 with global constants (for any two inputs, certified): {bound:.3g}\n")
+
+
 def _print_numbers(
     title: str,
     names: Iterable[str],

@@ -20,7 +20,7 @@ from stability_probe.runs import ProbedPoint, ProbingConfig, Run, record_checkpo
 from stability_probe.runs.run import finite
 from stability_probe.skips import Scaling, parse_scaling
 from stability_probe.verify import Verdict, gather, verify
-from stability_probe.verify.robustness import sensitivity_table
+from stability_probe.verify.robustness import global_bound, sensitivity_table
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Probed:
         sensitivity: the hierarchy of Theorem 3.4 at every noise level.
         figures: the files that were drawn.
         notes: what was assumed.
+        global_bound: Theorem 3.4 with constants that hold for all inputs, if there are some.
     """
 
     subject: Subject
@@ -61,6 +62,7 @@ class Probed:
     sensitivity: list[dict[str, Any]]
     figures: list[Path]
     notes: list[str]
+    global_bound: float | None
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -71,7 +73,11 @@ class Probed:
                 "checkpoint": self.subject.checkpoint.description,
                 "notes": self.notes,
                 "skips": [s.as_dict() for s in self.subject.skips],
-                "sensitivity": {**mean_over_levels(self.sensitivity), "by_noise_level": rows},
+                "sensitivity": {
+                    **mean_over_levels(self.sensitivity),
+                    "global": self.global_bound,
+                    "by_noise_level": rows,
+                },
                 "verdicts": [v.as_dict() for v in self.verdicts],
                 "run": str(self.run.path),
                 "figures": list(map(str, self.figures)),
@@ -108,7 +114,8 @@ def run_probe(what: SubjectOptions, how: ProbeOptions) -> Probed:
     run.write_json("verdicts.json", [v.as_dict() for v in verdicts])
     evidence = gather(run)[0]
     figures = save_figures([run], run.path / "figures")
-    return Probed(subject, run, verdicts, sensitivity_table(evidence), figures, notes)
+    table, bound = sensitivity_table(evidence), global_bound(evidence)
+    return Probed(subject, run, verdicts, table, figures, notes, bound)
 
 
 def _measure(

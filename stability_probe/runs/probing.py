@@ -7,7 +7,7 @@ training run can be held against a checkpoint too.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from stability_probe.probes import (
     SensitivityProbe,
     counterfactual_energies,
 )
+from stability_probe.probes.certified import certified_constants
 from stability_probe.probes.features import FeatureProbe
 from stability_probe.probes.records import RecordBuffer
 from stability_probe.probes.summaries import per_sample, summarise
@@ -124,11 +125,22 @@ def record_checkpoint(
                 run.append(frame)
                 if on_point is not None:
                     on_point()
+            run.update({"global_constants": _global_constants(model, skips, points[0].batch)})
         except BaseException as error:
             run.end("failed", f"{type(error).__name__}: {error}", {})
             raise
         run.end("complete", None, {})
     return run
+
+
+def _global_constants(
+    model: nn.Module, skips: Sequence[SkipConnection], batch: ProbeBatch
+) -> dict[str, Any]:
+    """The blocks' certified global constants, or under `refused` why there are none."""
+    try:
+        return asdict(certified_constants(model, skips, batch.head(1)))
+    except StabilityProbeError as error:
+        return {"refused": str(error)}
 
 
 def _fitting(

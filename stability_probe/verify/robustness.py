@@ -262,6 +262,18 @@ def sensitivity_table(run: Evidence) -> list[dict[str, Any]]:
     return rows
 
 
+def global_bound(run: Evidence) -> float | None:
+    """Theorem 3.4 with the blocks' certified global constants; `None` if there are none.
+
+    It holds between any two inputs, not at a point alone.
+    """
+    found = run.info.get("global_constants", {"refused": ""})
+    if "refused" in found:
+        return None
+    m0 = max_block_gain(np.array(found["lip_a"]), np.array(found["lip_b"]))
+    return float(robustness_bound(found["kappa"], m0, found["l0"]))
+
+
 def _of_paths(run: Evidence, metric: str) -> np.ndarray | None:
     """A quantity of skips, middle and around: (steps, levels + 2, samples)."""
     found = [run.samples(metric, site) for site in ("skip", "mid", "around")]

@@ -5,6 +5,7 @@ import pytest
 
 from stability_probe.verify import Evidence
 from stability_probe.verify.robustness import (
+    global_bound,
     robustness_chain,
     robustness_verdict,
     sensitivity_table,
@@ -237,3 +238,13 @@ class TestTable:
         assert row["pathwise"] is None
         assert row["paths"] is None
         assert sensitivity_table(trace()) == []
+
+
+class TestGlobalBound:
+    def test_by_hand(self):
+        constants = {"lip_a": [2.0, 1.0], "lip_b": [1.0, 1.0], "l0": 3.0, "kappa": [1.0, 0.5]}
+        assert global_bound(relabelled(chain(), global_constants=constants)) == 16.0
+
+    @pytest.mark.parametrize("info", [{}, {"global_constants": {"refused": "a norm"}}])
+    def test_there_may_be_none(self, info):
+        assert global_bound(relabelled(chain(), **info)) is None

@@ -14,7 +14,8 @@ from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityPro
 from stability_probe.probes.records import RecordBuffer
 from stability_probe.probes.summaries import per_sample
 from stability_probe.runs import TrainConfig, build_model, load_images, train
-from stability_probe.skips import Scaling, parse_scaling
+from stability_probe.skips import parse_scaling
+from stability_probe.skips.scaling import FixedScaling
 from stability_probe.verify import Evidence
 from stability_probe.verify.robustness import robustness_chain, robustness_verdict
 from tests.oracles.zoo import unet2d
@@ -169,7 +170,7 @@ def linear_chain(a, b, middle, kappa):
     x = torch.randn(3, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     skips = find_skips(net, x[:1])
     config = SensitivityConfig(paths=True, rtol=1e-9, block_rtol=1e-9, max_products=200)
-    with scale_skips(net, skips, Listed(kappa)):
+    with scale_skips(net, skips, FixedScaling(kappa)):
         found = SensitivityProbe(net, skips, {}, ProbeBatch((x,)), config).measure()
     buffer = RecordBuffer()
     buffer.add(1, *per_sample(found))
@@ -225,19 +226,3 @@ class TestLinearNetworks:
 def rotation(angle):
     c, s = np.cos(angle), np.sin(angle)
     return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
-
-
-class Listed(Scaling):
-    """κ from a list."""
-
-    name = "listed"
-
-    def __init__(self, kappa):
-        super().__init__()
-        self.kappa = list(kappa)
-
-    def coefficients(self, n_skips):
-        return self.kappa
-
-    def forward(self, u, level):
-        return self.kappa[level - 1] * u
