@@ -9,6 +9,7 @@ from stability_probe.skips.freeu import FreeU
 from stability_probe.skips.sc_tuner import SCTuner
 from stability_probe.skips.scaling import (
     ConstantScaling,
+    FixedScaling,
     InverseSqrt2,
     LearnableScaling,
     Scaling,
@@ -28,8 +29,8 @@ _PLAIN: dict[str, Callable[[Seed], Scaling]] = {
 }
 _WITH_NUMBER: dict[str, Callable[[float], Scaling]] = {"uniform": Uniform, "cs": ConstantScaling}
 SCHEME_NAMES = (
-    "unscaled", "inverse-sqrt2", "uniform:C", "cs:KAPPA", "ls", "ls-non-shared", "freeu",
-    "sc-tuner",
+    "unscaled", "inverse-sqrt2", "uniform:C", "cs:KAPPA", "kappa:C,C,C", "ls", "ls-non-shared",
+    "freeu", "sc-tuner",
 )  # fmt: skip
 """The names that `parse_scaling` takes."""
 
@@ -38,8 +39,9 @@ def parse_scaling(text: str, generator: torch.Generator | None = None) -> Scalin
     """A scheme from its name on the command line.
 
     Args:
-        text: `unscaled`, `inverse-sqrt2`, `uniform:C`, `cs:KAPPA`, `ls`, `ls-non-shared`, `freeu`
-            or `sc-tuner`, the last two with their published defaults.
+        text: `unscaled`, `inverse-sqrt2`, `uniform:C`, `cs:KAPPA`, `kappa:C,C,C` (one number a
+            skip), `ls`, `ls-non-shared`, `freeu` or `sc-tuner`, the last two with their published
+            defaults.
         generator: source of the initial weights, where the scheme has some; `None` is seeded
             with 0.
 
@@ -53,11 +55,17 @@ def parse_scaling(text: str, generator: torch.Generator | None = None) -> Scalin
     if name in _PLAIN and not colon:
         return _PLAIN[name](generator)
     if name in _WITH_NUMBER:
-        try:
-            number = float(argument)
-        except ValueError:
-            raise StabilityProbeError(
-                f"scheme {text!r}: a number must follow {name!r}, as in {name}:0.7"
-            ) from None
-        return _WITH_NUMBER[name](number)
+        return _WITH_NUMBER[name](_number(text, argument))
+    if name == "kappa":
+        return FixedScaling([_number(text, part) for part in argument.split(",")])
     raise StabilityProbeError(f"unknown scheme {text!r}; choose from {', '.join(SCHEME_NAMES)}")
+
+
+def _number(text: str, argument: str) -> float:
+    try:
+        return float(argument)
+    except ValueError:
+        name = text.partition(":")[0]
+        raise StabilityProbeError(
+            f"scheme {text!r}: a number must follow {name!r}, as in {name}:0.7"
+        ) from None

@@ -6,6 +6,7 @@ r"""Scaling schemes: what multiplies the encoder feature $u_i$ at the merge.
 | `InverseSqrt2` | $1/\sqrt 2$ | Imagen, SR3, score-SDE; "1/√2-CS" in ScaleLong |
 | `Uniform(c)` | $c \ge 0$ | c = 0 removes every long skip |
 | `ConstantScaling(kappa)` | $\kappa^{i-1}$ | CS of ScaleLong; the outermost skip keeps 1 |
+| `FixedScaling([...])` | any | as `stability-probe suggest` finds them |
 | `LearnableScaling()` | a gate in (0, 1) computed from $u_i$ | LS of ScaleLong |
 
 FreeU and SC-Tuner have modules of their own, `freeu` and `sc_tuner`; `names` has the names of all.
@@ -30,9 +31,11 @@ class Scaling(nn.Module):
 
     Attributes:
         name: what the command line calls the scheme, e.g. `"cs:0.7"`.
+        unmet: why the theorems do not literally apply to it, as they need a κ_i; `None` if they do.
     """
 
     name: str
+    unmet: str | None = None
 
     def coefficients(self, n_skips: int) -> list[float] | None:
         """κ_1..κ_N where they are constants, `None` where they depend on the input."""
@@ -128,6 +131,47 @@ class ConstantScaling(_Constant):
     def kappa(self, level: int) -> float:
         """κ^(level - 1)."""
         return float(self.base ** (level - 1))
+
+
+class FixedScaling(_Constant):
+    """Any κ_1..κ_N, the outermost first.
+
+    Args:
+        kappa: one number a skip.
+
+    Raises:
+        StabilityProbeError: if one is negative or not finite, there is none, or, when the scheme
+            is put into a model, it has another number of skips.
+
+    >>> FixedScaling([1.0, 0.8, 0.5]).name
+    'kappa:1,0.8,0.5'
+    """
+
+    def __init__(self, kappa: Sequence[float]) -> None:
+        super().__init__()
+        if not kappa or not all(math.isfinite(k) and k >= 0 for k in kappa):
+            raise StabilityProbeError(
+                f"kappa scaling: needs finite numbers ≥ 0, one a skip, got {list(kappa)}"
+            )
+        self.values = list(kappa)
+        self.name = "kappa:" + ",".join(f"{k:g}" for k in kappa)
+
+    def prepare(self, skips: Sequence[SkipConnection]) -> None:
+        """Check that there is one κ for every skip."""
+        self.coefficients(len(skips))
+
+    def coefficients(self, n_skips: int) -> list[float] | None:
+        """κ_1..κ_N."""
+        if n_skips != len(self.values):
+            raise StabilityProbeError(
+                f"{self.name}: has {len(self.values)} numbers for {n_skips} skips; give one each, "
+                "the outermost first"
+            )
+        return self.values
+
+    def kappa(self, level: int) -> float:
+        """κ_i at a level."""
+        return self.values[level - 1]
 
 
 class LearnableScaling(Scaling):

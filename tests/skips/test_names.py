@@ -15,12 +15,14 @@ from stability_probe.skips import (
     Unscaled,
     parse_scaling,
 )
+from stability_probe.skips.scaling import FixedScaling
 from tests.oracles.skips import skips_of
 
 
 @pytest.mark.parametrize(
     ("text", "kind", "coefficients"),
     [
+        ("kappa:1,0.25", FixedScaling, [1.0, 0.25]),
         ("unscaled", Unscaled, [1.0, 1.0]),
         ("inverse-sqrt2", InverseSqrt2, [2**-0.5] * 2),
         ("uniform:0.3", Uniform, [0.3, 0.3]),
@@ -61,6 +63,12 @@ def test_parse_rejects_an_unknown_name(text):
         parse_scaling(text)
 
 
+@pytest.mark.parametrize("text", ["kappa", "kappa:", "kappa:1,,2", "kappa:1;2"])
+def test_parse_rejects_a_broken_list_of_numbers(text):
+    with pytest.raises(StabilityProbeError, match=f"scheme '{text}': a number must follow 'kappa'"):
+        parse_scaling(text)
+
+
 @pytest.mark.parametrize("name", ["cs", "uniform"])
 @pytest.mark.parametrize("rest", ["", ":", ":x", ":0.5:2", ":0,5"])
 def test_parse_rejects_a_missing_or_broken_number(name, rest):
@@ -78,6 +86,7 @@ def test_parse_rejects_a_missing_or_broken_number(name, rest):
         ("cs:nan", r"κ must lie in \(0, 1\], got nan"),
         ("cs:1.5", r"κ must lie in \(0, 1\], got 1.5"),
         ("uniform:-1", "κ must be a finite number ≥ 0, got -1"),
+        ("kappa:1,-0.5", r"needs finite numbers ≥ 0, one a skip, got \[1.0, -0.5\]"),
         ("uniform:inf", "κ must be a finite number ≥ 0, got inf"),
     ],
 )
