@@ -235,6 +235,68 @@ def probe(
         print(f"figure: {file}")
 
 
+@app.command()
+def suggest(
+    checkpoint: options.Checkpoint,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="B|P%",
+            help="What is not to be exceeded at any sample and noise level: a number, or a "
+            "percentage of the largest value measured now.",
+        ),
+    ],
+    of: Annotated[
+        str,
+        typer.Option(
+            help="Of what: sensitivity (σ_max(J)), pathwise (its bound Σκ‖P‖ + ‖P_mid‖) or energy "
+            "(mean ‖h_0‖²/‖x‖²)."
+        ),
+    ] = "sensitivity",
+    model: options.Model = None,
+    model_args: options.ModelArgs = "{}",
+    weights: options.Weights = "model",
+    trust_pickle: options.TrustPickle = False,
+    partial: options.Partial = False,
+    chosen: options.Skips = None,
+    input: options.Input = None,
+    kwargs: options.Arguments = None,
+    noise_levels: Annotated[
+        str | None,
+        typer.Option(metavar="T,T,...", help="Noise levels. Default: a low, a middle, a high one."),
+    ] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(help="Scale the skips first, by a scheme that `train` knows."),
+    ] = None,
+    batch: options.Batch = 16,
+    sensitive: Annotated[
+        int, typer.Option(help="How many of the samples Jacobians are taken on.")
+    ] = 4,
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    seed: options.Seed = 0,
+    as_json: options.AsJson = False,
+) -> None:
+    """Find the κ that meet a budget at the least change, prove it by measuring, and compare CS.
+
+    Exit code 1 if no κ was found that meets it.
+    """
+    from stability_probe.cli.suggest import SuggestOptions, print_suggestion, run_suggest
+
+    what = options.SubjectOptions(
+        checkpoint, model, model_args, weights, trust_pickle, partial, chosen or [], input,
+        kwargs, batch, device, dtype, seed,
+    )  # fmt: skip
+    result = run_suggest(what, SuggestOptions(budget, of, noise_levels, scheme, sensitive))
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        print_suggestion(result)
+    if not result.found.best.met:
+        raise typer.Exit(1)
+
+
 def error(message: str) -> None:
     """Print one line on stderr."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

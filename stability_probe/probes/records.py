@@ -23,7 +23,7 @@
 | `path_alignment` | as `path` | i | `s0` ... | ‖κ_i P_i v‖ / ‖κ_i P_i‖, v the worst direction |
 | `path_gap` | `J` | 0 | `s0` ... | ‖(J − all paths)ᵀw‖/‖Jᵀw‖ for a random w |
 | `sample_loss` | `loss` | 0 | `s0` ... | ℓ_s |
-| `sample_energy` | `x` `h` `ku` `z` | i | `s0` ... | ‖x_t‖², ‖h_i‖², ... on the probe batch |
+| `sample_energy` | `x` `target` `h` `ku` `z` | i | `s0` ... | ‖x_t‖², ‖h_i‖², ... |
 | `sample_kappa` | `skip` | i | `s0` ... | measured gain ‖κu‖/‖u‖ on the probe batch |
 | `counterfactual_energy` | `s=r` | i | `s0` ... | ‖h_i‖² with all κ multiplied by r |
 | `sample_grad_energy` | `a` `b` | i | `s0` ... | largest ‖∇W_p ℓ_s‖² over the block's weights |

@@ -1,6 +1,6 @@
 """Training runs and ensembles of random networks, recorded into run folders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.models import TheoryUNet
-from stability_probe.probes import ProbeConfig, StabilityProbe
+from stability_probe.probes import ProbeBatch, ProbeConfig, SensitivityConfig, StabilityProbe
 from stability_probe.probes.features import FeatureProbe
 from stability_probe.probes.records import Key, RecordBuffer
-from stability_probe.probes.summaries import summarise
+from stability_probe.probes.sample_gradients import sample_gradients
+from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.runs.data import load_images
 from stability_probe.runs.run import Run
 from stability_probe.runs.training import (
@@ -25,9 +26,11 @@ from stability_probe.runs.training import (
     train,
 )
 from stability_probe.skips import (
+    Block,
     Scaling,
     SkipConnection,
     find_skips,
+    parameter_blocks,
     parse_scaling,
     scale_skips,
 )
@@ -145,7 +148,7 @@ def seeded_scaling(name: str, seed: int) -> Scaling:
 
 @dataclass(frozen=True)
 class EnsembleConfig:
-    """Random networks of Eq. 4, on which the explicit law of Theorem 3.1 is exact.
+    """Random networks of Eq. 4, on which Theorems 3.1 and 3.3 have explicit laws.
 
     Attributes:
         networks: how many.
@@ -154,7 +157,7 @@ class EnsembleConfig:
         merge: `add` or `concat`.
         unit_gain: blocks of mean-square gain 1 instead of 2.
         final_relu: end blocks with a ReLU, which breaks a premise of the law.
-        samples: Gaussian inputs a network.
+        samples: Gaussian inputs, and Gaussian targets, a network.
         seed: the first network's seed; the others follow it.
 
     Raises:
@@ -182,7 +185,10 @@ def record_ensemble(
     folder: str | Path,
     on_network: Callable[[], None] | None = None,
 ) -> list[Run]:
-    """Record the feature energies of random networks, under several schemes each.
+    r"""Record the feature and gradient energies of random networks, under several schemes each.
+
+    Features over the samples, gradients and what their law depends on sample by sample: the losses
+    $\ell_s$, and the energies of $x_t$ and of the targets, $y \sim \mathcal{N}(0, I_m)$.
 
     Args:
         config: the networks.
@@ -195,6 +201,7 @@ def record_ensemble(
     """
     runs = {name: Run(Path(folder) / name.replace(":", "-"), asdict(config)) for name in schemes}
     buffers = {name: RecordBuffer() for name in schemes}
+    blocks: dict[str, dict[str, Block]] = {}  # by scheme; those of all networks are the same
     for name, run in runs.items():
         kappa = parse_scaling(name).coefficients(config.n_skips)
         gain = 1.0 if config.unit_gain else 2.0
@@ -204,11 +211,16 @@ def record_ensemble(
     try:
         for index in range(config.networks):
             seed = config.seed + index
-            net, x = _random_network(config, seed)
-            skips = find_skips(net, x[:1])
+            net, batch = _random_network(config, seed)
+            skips = find_skips(net, batch.x[:1])
             for name, buffer in buffers.items():
-                energies = _feature_energies(net, x, skips, seeded_scaling(name, seed))
+                with scale_skips(net, skips, seeded_scaling(name, seed)):
+                    if name not in blocks:
+                        blocks[name] = parameter_blocks(net, skips, batch.x[:1])
+                    energies = _feature_energies(net, batch.x, skips)
+                    singly = _gradient_energies(net, batch, blocks[name])
                 buffer.add(index + 1, *summarise(energies, None, torch.empty(0)))
+                buffer.add(index + 1, *per_sample(singly))
             if on_network is not None:
                 on_network()
     except BaseException as error:
@@ -221,8 +233,8 @@ def record_ensemble(
     return list(runs.values())
 
 
-def _random_network(config: EnsembleConfig, seed: int) -> tuple[TheoryUNet, Tensor]:
-    """A network, and Gaussian inputs (samples, m) for it."""
+def _random_network(config: EnsembleConfig, seed: int) -> tuple[TheoryUNet, ProbeBatch]:
+    """A network, and Gaussian inputs and targets (samples, m) for it."""
     generator = torch.Generator().manual_seed(seed)
     net = TheoryUNet(
         config.m,
@@ -232,17 +244,29 @@ def _random_network(config: EnsembleConfig, seed: int) -> tuple[TheoryUNet, Tens
         final_relu=config.final_relu,
         generator=generator,
     )
-    return net, torch.randn(config.samples, config.m, generator=generator)
+    x, y = (torch.randn(config.samples, config.m, generator=generator) for _ in range(2))
+    return net, ProbeBatch((x,), target=y)
 
 
 def _feature_energies(
-    net: TheoryUNet, x: Tensor, skips: Sequence[SkipConnection], scheme: Scaling
+    net: TheoryUNet, x: Tensor, skips: Sequence[SkipConnection]
 ) -> dict[Key, Tensor]:
-    """What a feature probe sees of one pass under a scheme."""
+    """What a feature probe sees of one pass."""
     with ExitStack() as stack, torch.enable_grad():
-        stack.enter_context(scale_skips(net, skips, scheme))
         features = FeatureProbe(skips)
         features.attach(net, stack)
         features.active = True
         net(x)
     return features.samples(grad_scale=1.0)
+
+
+def _gradient_energies(
+    net: TheoryUNet, batch: ProbeBatch, blocks: Mapping[str, Block]
+) -> dict[Key, Tensor]:
+    """ℓ_s and the gradient energies of a_i, b_i, with ‖x_t‖² and ‖y‖², sample by sample."""
+    assert batch.target is not None
+    return {
+        Key("sample_energy", "x", 0, ""): batch.x.square().sum(1),
+        Key("sample_energy", "target", 0, ""): batch.target.square().sum(1),
+        **sample_gradients(net, blocks, batch, SensitivityConfig().memory),
+    }

@@ -8,7 +8,13 @@ from scipy.optimize import least_squares
 from stability_probe.theory import feature_band, skip_energy_sum
 from stability_probe.theory.huang2023_features import Index
 from stability_probe.verify.evidence import Evidence
-from stability_probe.verify.statistics import fewest_for_share, share_interval, share_status
+from stability_probe.verify.statistics import (
+    ALPHA,
+    fewest_for_share,
+    least_share_interval,
+    share_status,
+    units_needed,
+)
 from stability_probe.verify.verdict import Verdict
 
 COVERED = 0.99
@@ -38,7 +44,8 @@ def fit_band(signal: np.ndarray, energy: np.ndarray) -> Band:
     """Fit the ratio of c_1 to c_2 = c_3 in log energy, then their size and ρ to cover the samples.
 
     With r the energies over the fitted line, a band from (1−ρ)² to (1+ρ)² times g covers all r from
-    r₀ to r₁ if √g = (√r₁ + √r₀)/2 and ρ = (√r₁ − √r₀)/(√r₁ + √r₀).
+    r₀ to r₁ if ρ = (√r₁ − √r₀)/(√r₁ + √r₀) and g = √(r₀r₁)/(1−ρ²). Where `WIDEST` is less than that
+    ρ, the same g leaves out as much above as below, in log energy.
 
     Args:
         signal: ‖x_t‖² Σκ² of every value; all zero if there are no skips.
@@ -66,7 +73,7 @@ def fit_band(signal: np.ndarray, energy: np.ndarray) -> Band:
         np.quantile(energy / (c1 * signal + c2), [(1 - COVERED) / 2, (1 + COVERED) / 2])
     )
     rho = float(np.clip((high - low) / (high + low), 1e-6, WIDEST))
-    g = ((high + low) / 2) ** 2
+    g = high * low / (1 - rho**2)
     return Band(float(c1 * g), float(c2 * g), rho)
 
 
@@ -81,17 +88,21 @@ def fit_bands(run: Evidence, index: Index = "tight") -> list[Band]:
     return [fit_band(_signal(x[t], kappa, index)[:, ::2], h[t][:, ::2]) for t in range(len(h))]
 
 
-def feature_band_verdict(run: Evidence, index: Index = "tight") -> Verdict:
+def feature_band_verdict(run: Evidence, index: Index = "tight", alpha: float = ALPHA) -> Verdict:
     """The share of held-out energies inside the band, at the level where it is smallest.
 
     The constants hide the weights, which training changes, so they are fitted at every measured
-    step, on the even samples, and the odd ones are held against them. The units are samples. A
-    band of ρ up to `WIDEST` has to do, so energies that Σκ² does not explain fall out.
+    step, on the even samples, and the odd ones are held against them. A band of ρ up to `WIDEST`
+    has to do, so energies that Σκ² does not explain fall out.
+
+    The claim, that every level's share is `REQUIRED` at least, is about this network, so the units
+    are samples: the same ones at every step, those held out never among those fitted. The interval
+    is of the smallest share; VIOLATED has probability α at most over all levels together.
     """
     claim = f"‖h_i‖² in the band (1±ρ)²(c₁‖x_t‖²Σκ² + c₂), {index} sum"
     x, h, kappa = _measurements(run)
     n = h.shape[2] // 2 if h.size else 0
-    fewest = fewest_for_share(REQUIRED)
+    fewest = fewest_for_share(REQUIRED, alpha)
     if n < fewest:
         advice = f"{n} held-out samples; a probe batch of {2 * fewest} is needed"
         return Verdict.undecided("3.1", run.name, claim, advice, n=n)
@@ -110,7 +121,7 @@ def feature_band_verdict(run: Evidence, index: Index = "tight") -> Verdict:
     inside = (held_out >= lower) & (held_out <= upper)
     worst = int(inside.mean(axis=(0, 2)).argmin())
     share = float(inside[:, worst].mean())
-    interval = share_interval(share, n)
+    interval = least_share_interval(share, n, alpha, len(levels))
     status = share_status(interval, REQUIRED)
     typical = int(np.argsort(upper.ravel() / held_out.ravel())[upper.size // 2])
     rho = [band.rho for band in bands]
@@ -120,7 +131,8 @@ def feature_band_verdict(run: Evidence, index: Index = "tight") -> Verdict:
     meaning = {
         "HOLDS": f"ρ = {min(rho):.2f}..{max(rho):.2f} does",
         "VIOLATED": f"energies spread more than Σκ² and ρ ≤ {WIDEST} allow",
-        "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch",
+        "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch to "
+        + units_needed(2 * n, share, interval, REQUIRED),
     }[status] + f"; Σκ²‖x_t‖² explains {max(explained, 0):.0%} of the variation of log ‖h_i‖²"
     measured_gains = "; κ is the mean measured gain, as it depends on the input"
     return Verdict(
@@ -135,6 +147,7 @@ def feature_band_verdict(run: Evidence, index: Index = "tight") -> Verdict:
         interval=interval,
         n=n,
         advice=meaning + (measured_gains if run.input_dependent else ""),
+        confidence=1 - 2 * alpha,
     )
 
 

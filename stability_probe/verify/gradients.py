@@ -7,18 +7,19 @@ import numpy as np
 from stability_probe.theory import gradient_bound, gradient_scale
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import (
+    ALPHA,
     at_most_status,
-    bootstrap_interval,
     fewest_for_share,
-    share_interval,
+    least_share_interval,
+    ratio_units,
     share_status,
+    student_interval,
+    units_needed,
 )
 from stability_probe.verify.verdict import Verdict
 
 REQUIRED = 0.85
 """Share of the held-out half that has to lie below the bound ("with high probability")."""
-FEWEST_SAMPLES = 2 * fewest_for_share(REQUIRED)
-"""Below this many samples in the probe batch nothing is tested."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,15 @@ class Gradients:
 
     @property
     def halves(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of the samples with the smaller and with the larger ℓ‖x‖², for every step.
+        """Indices of the samples with the smaller and with the larger ℓ‖x‖².
 
-        A single sample is among the smaller ones.
+        By the geometric mean over steps, and so the same at every step: no sample is calibrated on
+        at one step and held out at another. A single sample is among the smaller ones.
         """
-        order = np.argsort(self.loss * self.x, axis=1)
-        half = max(1, order.shape[1] // 2)
-        return order[:, :half], order[:, half:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            order = np.argsort(np.log(self.loss * self.x).mean(axis=0), kind="stable")
+        half = max(1, len(order) // 2)
+        return order[:half], order[half:]
 
     def constants(self) -> dict[str, np.ndarray]:
         """c of the bound c ℓ‖x‖²(Σκ² + 1), (steps,), per kind of block.
@@ -74,7 +77,7 @@ class Gradients:
         easy, _ = self.halves
         least: dict[str, np.ndarray] = {}
         for (q, level), g in self.energy.items():
-            ratio = np.take_along_axis(g / self._unit_bound(level), easy, axis=1).max(axis=1)
+            ratio = (g / self._unit_bound(level))[:, easy].max(axis=1)
             least[q] = np.maximum(least.get(q, ratio), ratio)
         return least
 
@@ -88,16 +91,19 @@ class Gradients:
         return gradient_bound(self.kappa, level, self.loss, self.x, c4=self.loss * self.x)
 
 
-def gradient_slope_verdict(run: Evidence) -> Verdict:
+def gradient_slope_verdict(run: Evidence, alpha: float = ALPHA) -> Verdict:
     """Log–log slope of gradient energy on ℓ‖x‖²Σκ²: at most 1 if the bound has the right order.
 
     Each kind of block has a constant of its own at every step, so the slope is taken within
-    (block kind, step), over levels and samples. The units are samples. A slope above 1 does not
-    contradict the inequality on the samples at hand, which `gradient_bound_verdict` tests.
+    (block kind, step), over levels and samples. A slope above 1 does not contradict the inequality
+    on the samples at hand, which `gradient_bound_verdict` tests.
+
+    The claim is about this network, so the units are samples, each with all its levels and steps;
+    it is tested on one side at α.
     """
     claim = "order: ‖∇W ℓ_s‖² grows no faster than ℓ_s‖x_t‖²Σκ² (slope ≤ 1)"
     found = Gradients.of(run)
-    unfit = _unfit(run, found, claim)
+    unfit = _unfit(run, found, claim, alpha)
     if unfit is not None:
         return unfit
     if not any(run.kappa):
@@ -112,14 +118,16 @@ def gradient_slope_verdict(run: Evidence) -> Verdict:
         dx, dy = x - x.mean(axis=(1, 2), keepdims=True), y - y.mean(axis=(1, 2), keepdims=True)
         cross += (dx * dy).sum(axis=(0, 1))
         square += (dx * dx).sum(axis=(0, 1))
-    interval = bootstrap_interval(lambda s: float(cross[s].sum() / square[s].sum()), len(cross))
+    estimate = float(cross.sum() / square.sum())
+    interval = student_interval(ratio_units(cross, square), 1 - 2 * alpha)
     status = at_most_status(interval, 1.0)
     over_samples, over_levels = _slopes_apart(pairs)
     meaning = {
         "HOLDS": "the order of the bound is right",
         "VIOLATED": "gradients grow faster than the bound over this range, which therefore "
         "holds through its constant alone",
-        "INCONCLUSIVE": "a slope of 1 is inside the interval; enlarge the probe batch",
+        "INCONCLUSIVE": "a slope of 1 is inside the interval; enlarge the probe batch to "
+        + units_needed(len(cross), estimate, interval, 1.0),
     }[status]
     apart = f"{over_samples:.2g} over samples within a level, {over_levels:.2g} over levels"
     return Verdict(
@@ -129,38 +137,44 @@ def gradient_slope_verdict(run: Evidence) -> Verdict:
         status,
         measured=float(np.median(np.exp(np.concatenate([y.ravel() for _, y in pairs])))),
         statistic="log–log slope",
-        estimate=float(cross.sum() / square.sum()),
+        estimate=estimate,
         interval=interval,
         n=len(cross),
         advice=f"{meaning}; {apart}{_gains(run)}",
+        confidence=1 - 2 * alpha,
     )
 
 
-def gradient_bound_verdict(run: Evidence) -> Verdict:
+def gradient_bound_verdict(run: Evidence, alpha: float = ALPHA) -> Verdict:
     """The share of held-out gradient energies below their bound, at the block where it is smallest.
 
     The constants come from the half of the samples with the smaller ℓ‖x‖² and are held against
     the other half: the bound has to extrapolate. c_4 = c ℓ‖x‖², the derived law of unit gains.
+
+    The claim, that every block's share is `REQUIRED` at least, is about this network, so the units
+    are samples. The interval is of the smallest share; VIOLATED has probability α at most over all
+    blocks together.
     """
     claim = "‖∇W ℓ_s‖² ≤ c ℓ_s‖x_t‖²(Σκ² + 1)"
     found = Gradients.of(run)
-    unfit = _unfit(run, found, claim)
+    unfit = _unfit(run, found, claim, alpha)
     if unfit is not None:
         return unfit
     _, hard = found.halves
     bounds = found.bounds()
-    g = np.stack([np.take_along_axis(e, hard, axis=1) for e in found.energy.values()])
-    limit = np.stack([np.take_along_axis(bounds[b], hard, axis=1) for b in found.energy])
+    g = np.stack([e[:, hard] for e in found.energy.values()])
+    limit = np.stack([bounds[b][:, hard] for b in found.energy])
     below = (g <= limit).mean(axis=(1, 2))
     worst, level = list(found.energy)[int(below.argmin())]
     share = float(below.min())
-    interval = share_interval(share, hard.shape[1])
+    interval = least_share_interval(share, len(hard), alpha, len(below))
     status = share_status(interval, REQUIRED)
     typical = int(np.argsort(limit.ravel() / g.ravel())[g.size // 2])
     meaning = {
         "HOLDS": "constants from easy samples cover the hard ones",
         "VIOLATED": "constants from easy samples do not cover the hard ones",
-        "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch",
+        "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch to "
+        + units_needed(found.x.shape[1], share, interval, REQUIRED),
     }[status]
     return Verdict(
         "3.3",
@@ -172,17 +186,19 @@ def gradient_bound_verdict(run: Evidence) -> Verdict:
         statistic=f"share below, worst block {worst}_{level} (needs {REQUIRED:.0%})",
         estimate=share,
         interval=interval,
-        n=hard.shape[1],
+        n=len(hard),
         advice=meaning + _gains(run),
+        confidence=1 - 2 * alpha,
     )
 
 
-def _unfit(run: Evidence, found: Gradients, claim: str) -> Verdict | None:
+def _unfit(run: Evidence, found: Gradients, claim: str, alpha: float) -> Verdict | None:
     """A verdict that the records cannot carry the claim, if so."""
     n = found.loss.shape[1]
-    if n < FEWEST_SAMPLES or not found.energy:
+    fewest = 2 * fewest_for_share(REQUIRED, alpha)
+    if n < fewest or not found.energy:
         advice = (
-            f"per-sample gradients of {n} samples were recorded; {FEWEST_SAMPLES} are "
+            f"per-sample gradients of {n} samples were recorded; {fewest} are "
             "needed, from a probe batch with a target (of a checkpoint: --target)"
         )
         return Verdict.undecided("3.3", run.name, claim, advice, n=n)

@@ -5,18 +5,26 @@ from collections.abc import Sequence
 import numpy as np
 
 from stability_probe.verify.evidence import Evidence
-from stability_probe.verify.statistics import FEWEST_UNITS, bootstrap_interval, equality_status
+from stability_probe.verify.statistics import (
+    ALPHA,
+    FEWEST_UNITS,
+    equality_status,
+    mean_interval,
+)
 from stability_probe.verify.verdict import Verdict
 
 WIDEST = 0.1
 """An interval of measured / predicted wider than this supports nothing."""
 
 
-def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
+def input_energy_verdict(runs: Sequence[Evidence], alpha: float = ALPHA) -> Verdict:
     """Measured against predicted mean ‖x_t‖², over runs that share data and noise schedule.
 
-    The units of the interval are training steps, whose batches are drawn afresh. Runs with one seed
-    are trained on the same x_t, so one run a seed is used, the longest.
+    An equality, tested on both sides at α, about the data set at hand: s₀² is its own second
+    moment. The units are training steps: noise and noise levels are drawn afresh in each, and
+    images without replacement within an epoch, which makes means over steps vary less than those of
+    independent ones. So with few images, each seen often, the interval errs on the wide side. Runs
+    with one seed are trained on the same x_t, so one run a seed is used, the longest.
     """
     claim = "mean ‖x_t‖² = (1 − (1 − s₀²) E[α²]) m"
     described = [run for run in runs if run.predicted_input_energy is not None]
@@ -37,7 +45,8 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
         return Verdict.undecided("3.2", _names(runs), claim, advice, n=len(energies), unmet=True)
     predicted = described[0].predicted_input_energy or 0.0
     ratio = energies / predicted
-    interval = bootstrap_interval(lambda steps: float(ratio[steps].mean()), len(ratio))
+    interval = mean_interval(ratio, 1 - alpha)
+    needed = int(np.ceil(len(ratio) * ((interval[1] - interval[0]) / WIDEST) ** 2))
     status = equality_status(interval, 1.0, WIDEST)
     return Verdict(
         "3.2",
@@ -53,8 +62,9 @@ def input_energy_verdict(runs: Sequence[Evidence]) -> Verdict:
         advice={
             "HOLDS": "the inputs have the energy that the theorems assume",
             "VIOLATED": "the data or the noise schedule is not what run.json says",
-            "INCONCLUSIVE": "the interval is too wide to tell; record more steps",
+            "INCONCLUSIVE": f"the interval is too wide to tell; record about {needed} steps",
         }[status],
+        confidence=1 - alpha,
     )
 
 

@@ -21,12 +21,15 @@ class Verdict:
         slack: bound / measured; near 1 is tight, far above 1 is true and worthless.
         statistic: what the status rests on, in words.
         estimate: its value.
-        interval: its 95% interval, `None` where there is none.
+        interval: what the data leave possible for it, `None` where there is none.
         n: number of independent units behind the interval (networks, images, steps or runs).
         advice: what to make of it, or what more is needed.
+        confidence: of the interval: 1 − α if the claim is an equality, 1 − 2α (α at either end) if
+            it is one-sided, where a true claim is VIOLATED with probability α at most.
 
     Raises:
-        ValueError: if the status or theorem is unknown, or the interval is upside down.
+        ValueError: if the status or theorem is unknown, the interval is upside down, or the
+            confidence is outside (0, 1).
     """
 
     theorem: Theorem
@@ -40,6 +43,7 @@ class Verdict:
     interval: tuple[float, float] | None = None
     n: int = 0
     advice: str = ""
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
@@ -48,6 +52,8 @@ class Verdict:
             raise ValueError(f"unknown theorem {self.theorem!r}; it is one of {get_args(Theorem)}")
         if self.interval is not None and self.interval[0] > self.interval[1]:
             raise ValueError(f"interval {self.interval} is upside down")
+        if self.confidence is not None and not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must lie in (0, 1), got {self.confidence}")
 
     @classmethod
     def undecided(

@@ -232,8 +232,9 @@ class TestEnsemble:
         frame = runs[SCHEMES.index(scheme)].records()
         found = frame.set_index(["step", "metric", "site", "level", "stat"]).value
         assert sorted(frame.step.unique()) == [1, 2, 3]
-        assert set(frame.metric) == {"energy", "kappa", "cross"}
-        assert set(frame.stat) == {"mean", "min", "max"}
+        single = frame.stat.str.match(r"s\d")
+        assert set(frame[~single].metric) == {"energy", "kappa", "cross"}
+        assert set(frame[~single].stat) == {"mean", "min", "max"}
         for step in (1, 2, 3):
             seen = self.direct(c, scheme, step - 1)
             tensors = {("x", 0): seen.x, ("output", 0): seen.output, ("h", 3): seen.z[3]}
@@ -250,6 +251,37 @@ class TestEnsemble:
                 for stat, value in expected.items():
                     got = found[step, "energy", site, level, stat]
                     assert got == pytest.approx(value.item(), rel=1e-4, abs=1e-5)
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_gradients_are_those_of_every_sample(self, ensemble, scheme):
+        """One backward pass a sample, with the targets that the seed gives after the inputs."""
+        c, runs = ensemble
+        frame = runs[SCHEMES.index(scheme)].records()
+        found = frame.set_index(["step", "metric", "site", "level", "stat"]).value
+        assert set(frame[frame.stat.str.match(r"s\d")].stat) == {f"s{s}" for s in range(5)}
+        for step in (1, 2, 3):
+            generator = torch.Generator().manual_seed(c.seed + step - 1)
+            net = TheoryUNet(c.m, c.n_skips, merge=c.merge, unit_gain=True, generator=generator)
+            x, y = (torch.randn(c.samples, c.m, generator=generator) for _ in range(2))
+            gates = seeded_scaling(scheme, c.seed + step - 1)
+            with scale_skips(net, find_skips(net, x), gates):
+                for s in range(c.samples):
+                    expected = {
+                        ("sample_energy", "x", 0): x[s].square().sum(),
+                        ("sample_energy", "target", 0): y[s].square().sum(),
+                        ("sample_loss", "loss", 0): (net(x[s : s + 1])[0] - y[s]).square().mean(),
+                    }
+                    for site, level, block in (
+                        *(("a", i, net.encoder[i - 1]) for i in (1, 2, 3)),
+                        *(("b", i, net.decoder[i - 1].block) for i in (1, 2, 3)),
+                    ):
+                        loss = (net(x[s : s + 1])[0] - y[s]).square().mean()
+                        weights = [block.layer1.weight, block.layer2.weight]
+                        energies = [g.square().sum() for g in torch.autograd.grad(loss, weights)]
+                        expected["sample_grad_energy", site, level] = max(energies)
+                    for key, value in expected.items():
+                        got = found[(step, *key, f"s{s}")]
+                        assert got == pytest.approx(value.item(), rel=1e-4, abs=1e-7)
 
     def test_every_scheme_has_its_run(self, ensemble):
         c, runs = ensemble

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from stability_probe.verify.counterfactual import LINEAR, Counterfactual, counterfactual_verdict
+from stability_probe.verify.statistics import least_mean_interval, ratio_units
 from tests.oracles.evidence import (
     FACTORS,
     altered,
@@ -48,6 +49,24 @@ class TestVerdict:
         verdict = counterfactual_verdict(checkpoint(noise=0.005))
         assert verdict.status == "HOLDS"
         assert LINEAR < verdict.interval[0] < verdict.estimate < verdict.interval[1] < 1
+
+    def test_the_interval_is_of_the_smallest_of_six(self):
+        evidence = checkpoint(noise=0.02)
+        verdict = counterfactual_verdict(evidence)
+        slope, residual, total = (
+            v[:, :2].reshape(6, 40) for v in Counterfactual.of(evidence).fits()
+        )
+        expected = least_mean_interval(1 - ratio_units(residual, total), 0.05, 12)
+        assert verdict.interval == pytest.approx(expected)
+        assert verdict.confidence == pytest.approx(0.9)
+        low, high = least_mean_interval(slope, 0.05, 12)
+        assert f"[{low:.3g}, {high:.3g}]" in verdict.advice
+
+    def test_inconclusive_says_how_many_samples_are_needed(self):
+        verdict = counterfactual_verdict(checkpoint(noise=0.026))
+        assert verdict.status == "INCONCLUSIVE"
+        assert verdict.interval[0] < LINEAR < verdict.interval[1]
+        assert "; too few samples to tell, " in verdict.advice
 
     def test_a_falling_line_is_violated(self):
         verdict = counterfactual_verdict(checkpoint(slope=-1.0, noise=0))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from stability_probe.verify.feature_band import (
     COVERED,
@@ -10,6 +11,7 @@ from stability_probe.verify.feature_band import (
     fit_band,
     fit_bands,
 )
+from stability_probe.verify.statistics import least_share_interval, share_interval
 from tests.oracles.evidence import altered, band, bare, relabelled, tail_sums, trace
 
 laws = settings(deadline=None, derandomize=True, max_examples=30)
@@ -59,6 +61,17 @@ class TestFit:
     def test_rho_has_a_limit(self):
         assert fit_band(self.signal, noisy(self.signal, 2, 5, 4.0)).rho == WIDEST
 
+    def test_a_band_that_cannot_cover_everything_lies_in_the_middle(self):
+        """It leaves out as much above as below."""
+        signal = np.linspace(1, 50, 20_000)
+        energy = noisy(signal, 2, 5, 1.5)
+        band = fit_band(signal, energy)
+        ratio = energy / (band.c1 * signal + band.c2)
+        above, below = (ratio > (1 + WIDEST) ** 2).mean(), (ratio < (1 - WIDEST) ** 2).mean()
+        expected = stats.norm.sf(np.log((1 + WIDEST) / (1 - WIDEST)) / 1.5)
+        assert above == pytest.approx(expected, rel=0.15)
+        assert below == pytest.approx(expected, rel=0.15)
+
     def test_a_band_for_every_step(self):
         bands = fit_bands(band(noise=0, c1=2, c2=30))
         np.testing.assert_allclose([b.c1 for b in bands], [2, 20, 200], rtol=1e-3)
@@ -80,7 +93,8 @@ class TestVerdict:
     def test_without_noise_the_band_is_a_line(self):
         verdict = feature_band_verdict(band(noise=0))
         assert (verdict.status, verdict.estimate) == ("HOLDS", 1.0)
-        assert verdict.interval == (pytest.approx(0.025 ** (1 / 48)), 1.0)
+        assert verdict.interval == (pytest.approx(0.05 ** (1 / 48)), 1.0)
+        assert verdict.confidence == pytest.approx(0.9)
         assert verdict.slack == pytest.approx(1, abs=1e-3)
 
     def test_measured_and_bound_are_those_of_one_sample(self):
@@ -131,17 +145,35 @@ class TestVerdict:
         verdict = feature_band_verdict(altered(band(), "sample_energy", "x", value, stat=stat))
         assert verdict.status == "ASSUMPTION_UNMET"
 
-    @pytest.mark.parametrize(("samples", "held_out"), [(44, 22), (45, 22), (1, 0)])
+    @pytest.mark.parametrize(("samples", "held_out"), [(36, 18), (37, 18), (1, 0)])
     def test_too_few_samples(self, samples, held_out):
         verdict = feature_band_verdict(band(samples))
         assert (verdict.status, verdict.n) == ("INCONCLUSIVE", held_out)
-        assert f"{held_out} held-out samples; a probe batch of 46 is needed" in verdict.advice
+        assert f"{held_out} held-out samples; a probe batch of 38 is needed" in verdict.advice
 
     def test_enough_samples_to_try_and_too_few_to_tell(self):
-        missed = altered(band(46), "sample_energy", "h", 1e6, stat="s1")
+        missed = altered(band(38), "sample_energy", "h", 1e6, stat="s1")
         verdict = feature_band_verdict(missed)
-        assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 23)
+        assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 19)
         assert verdict.interval[0] < 0.85 < verdict.interval[1]
+        assert "enlarge the probe batch to about " in verdict.advice
+
+    def test_a_smaller_alpha_needs_more_samples(self):
+        verdict = feature_band_verdict(band(38), alpha=0.01)
+        assert (verdict.status, verdict.interval) == ("INCONCLUSIVE", None)
+        assert "a probe batch of 58 is needed" in verdict.advice
+        assert feature_band_verdict(band(58, noise=0), alpha=0.01).status == "HOLDS"
+
+    def test_the_alarm_is_corrected_for_the_number_of_levels(self):
+        """Of 48 held out some 35 inside at one level of four: less than 85 % on its own."""
+        evidence = band(96)
+        for sample in range(1, 24, 2):
+            evidence = altered(evidence, "sample_energy", "h", 1e9, stat=f"s{sample}", level=0)
+        verdict = feature_band_verdict(evidence)
+        assert 35 / 48 < verdict.estimate < 36 / 48
+        assert share_interval(verdict.estimate, 48, 0.9)[1] < 0.85
+        assert verdict.interval == least_share_interval(verdict.estimate, 48, 0.05, 4)
+        assert verdict.status == "INCONCLUSIVE"
 
     def test_nothing_recorded(self):
         verdict = feature_band_verdict(trace())

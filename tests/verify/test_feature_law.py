@@ -7,6 +7,7 @@ import pytest
 from stability_probe.runs import EnsembleConfig, record_ensemble
 from stability_probe.verify import Evidence
 from stability_probe.verify.feature_law import feature_law_verdict, law_table
+from stability_probe.verify.statistics import mean_interval
 from tests.oracles.evidence import KAPPA, altered, ensemble, relabelled
 
 SCHEMES = ("unscaled", "inverse-sqrt2", "uniform:0.5", "uniform:0", "cs:0.7", "ls", "ls-non-shared")
@@ -135,7 +136,7 @@ def test_an_interval_too_wide_to_say_anything():
 
 
 def test_false_alarms_are_rare():
-    trials, allowed = 200, 0.10  # two intervals of 95 %
+    trials, allowed = 100, 0.05
     counts = Counter(
         feature_law_verdict(ensemble(120, noise=0.35, seed=s)).status for s in range(trials)
     )
@@ -171,6 +172,27 @@ def test_nothing_recorded_yet():
 def test_a_few_networks_raise_no_more_alarms_than_many():
     counts = Counter(feature_law_verdict(ensemble(2, seed=s)).status for s in range(60))
     assert (counts["VIOLATED"] - 6) / 5.4**0.5 < 4
+
+
+def test_slope_and_intercept_share_alpha():
+    evidence = ensemble(60)
+    predicted, measured = law_table(evidence)
+    lines = np.array([np.polyfit(predicted, network, 1) for network in measured])
+    verdict = feature_law_verdict(evidence, alpha=0.1)
+    assert verdict.confidence == pytest.approx(0.95)
+    assert verdict.interval == pytest.approx(mean_interval(lines[:, 0], 0.95))
+    low, high = mean_interval(lines[:, 1], 0.95)
+    assert f"[{low:.2g}, {high:.2g}]" in verdict.advice
+
+
+def test_a_slope_alone_has_all_of_alpha():
+    assert feature_law_verdict(ensemble(kappa=(0.0,) * 3)).confidence == pytest.approx(0.95)
+
+
+def test_too_wide_an_interval_says_how_many_networks_are_needed():
+    verdict = feature_law_verdict(ensemble(30, noise=1.2, seed=2))
+    width = verdict.interval[1] - verdict.interval[0]
+    assert f"record about {int(np.ceil(30 * (width / 0.5) ** 2))}" in verdict.advice
 
 
 def test_the_law_without_noise():

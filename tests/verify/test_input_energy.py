@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from stability_probe.verify import Evidence
@@ -16,7 +18,8 @@ def test_the_lemma_holds():
     assert verdict.interval == pytest.approx(
         (verdict.estimate - half, verdict.estimate + half), abs=0.3 * half
     )
-    assert verdict.n == 200
+    assert (verdict.n, verdict.confidence) == (200, 0.95)
+    assert input_energy_verdict([noised_inputs()], alpha=0.01).confidence == 0.99
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,9 @@ def test_an_interval_too_wide_to_say_anything():
     )
     verdict = input_energy_verdict([Evidence("e", swinging, evidence.info)])
     assert verdict.status == "INCONCLUSIVE"
-    assert verdict.interval[1] - verdict.interval[0] > 0.1
+    width = verdict.interval[1] - verdict.interval[0]
+    assert width > 0.1
+    assert f"record about {math.ceil(30 * (width / 0.1) ** 2)} steps" in verdict.advice
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -26,6 +26,8 @@ def test_statuses_are_the_four_documented_ones():
         ({"status": "MAYBE"}, r"unknown status 'MAYBE'; it is one of \('HOLDS'"),
         ({"theorem": "3.5"}, r"unknown theorem '3.5'; it is one of \('3.1'"),
         ({"interval": (2.0, 1.0)}, r"interval \(2.0, 1.0\) is upside down"),
+        ({"confidence": 0.0}, r"confidence must lie in \(0, 1\), got 0.0"),
+        ({"confidence": 95.0}, r"confidence must lie in \(0, 1\), got 95.0"),
     ],
 )
 def test_invariants(values, message):
@@ -59,9 +61,9 @@ def test_slack_is_bound_over_measured(measured, bound, slack):
     assert verdict(measured=measured, bound=bound).slack == slack
 
 
-def test_as_dict_has_the_public_keys_and_three_more():
+def test_as_dict_has_the_public_keys_and_four_more():
     row = verdict(measured=2.0, bound=8.0, interval=(0.5, 1.0), n=3, advice="a").as_dict()
-    assert set(row) == PUBLIC | {"run", "statistic", "estimate"}
+    assert set(row) == PUBLIC | {"run", "statistic", "estimate", "confidence"}
     assert row["slack"] == 4.0 and row["interval"] == (0.5, 1.0) and row["n"] == 3
 
 
