@@ -80,6 +80,7 @@ class Suggested:
         rows = zip(self.subject.skips, found.kappa, found.best.kappa, found.cs.kappa, strict=True)
         everything: Any = finite(
             {
+                **found.as_dict(),
                 "checkpoint": self.subject.checkpoint.description,
                 "notes": self.notes,
                 "noise_levels": self.noise_levels,
@@ -89,7 +90,6 @@ class Suggested:
                 ],
                 "scheme": self.name_of(found.best),
                 "cs_scheme": self.name_of(found.cs),
-                **found.as_dict(),
             }
         )
         return dict(everything)

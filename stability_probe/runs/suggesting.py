@@ -339,7 +339,7 @@ def _infeasible(of: Quantity, search: _Search, best: Candidate) -> str:
     return (
         f"suggest: no κ meets the budget of {search.limit:.4g}: with every skip turned off the "
         f"{of} is {least:.4g} still ({search.now.largest:.4g} as found); the least budget "
-        f"that can be met is {least:.4g}"
+        f"that is known to be met is {least:.4g}"
     )
 
 

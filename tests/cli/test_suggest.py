@@ -12,7 +12,8 @@ from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityPro
 from stability_probe.skips import parse_scaling
 
 MODEL = (
-    "--model", "stability_probe.models:TheoryUNet", "--model-args", '{"m": 64, "n_skips": 3, "unit_gain": true}',
+    "--model", "stability_probe.models:TheoryUNet",
+    "--model-args", '{"m": 64, "n_skips": 3, "unit_gain": true}',
     "--input", "1,8,8", "--noise-levels", "500",
 )  # fmt: skip
 

@@ -127,7 +127,7 @@ class TestOnALinearNetwork:
         with pytest.raises(
             StabilityProbeError,
             match=r"no κ meets the budget of 0.2: with every skip turned off the sensitivity is "
-            r"0\.25.* still \(2.25.* as found\); the least budget that can be met is 0\.25",
+            r"0\.25.* still \(2.25.* as found\); the least budget that is known to be met is 0\.25",
         ):
             suggest(Budget(0.2))
 

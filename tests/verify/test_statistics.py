@@ -6,7 +6,6 @@ from scipy import stats
 
 from stability_probe.verify.statistics import (
     at_most_status,
-    bootstrap_interval,
     equality_status,
     fewest_for_share,
     least_mean_interval,
@@ -141,70 +140,6 @@ def test_the_fewest_units_on_which_a_share_can_hold(alpha):
 )
 def test_units_needed(estimate, limit, words):
     assert units_needed(100, estimate, (0.8, 1.2), limit) == words
-
-
-def bootstrapped(values, **kwargs):
-    return bootstrap_interval(lambda units: float(values[units].mean()), len(values), **kwargs)
-
-
-def test_bootstrap_agrees_with_normal_theory():
-    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    low, high = bootstrapped(values)
-    half = 1.96 * values.std(ddof=1) / 20
-    assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
-
-
-def test_bootstrap_covers_the_truth_as_often_as_it_says():
-    rng, trials, covered = np.random.default_rng(1), 150, 0
-    for _ in range(trials):
-        low, high = bootstrapped(rng.normal(1.0, 1.0, 60), resamples=300)
-        covered += low <= 1.0 <= high
-    z = (covered - 0.95 * trials) / (trials * 0.95 * 0.05) ** 0.5
-    assert abs(z) < 4
-
-
-def test_bootstrap_is_seeded():
-    values = np.random.default_rng(0).normal(size=30)
-    assert bootstrapped(values) == bootstrapped(values)
-    assert bootstrapped(values, seed=0) != bootstrapped(values, seed=1)
-
-
-def test_bootstrap_resamples_all_units_with_replacement():
-    drawn = []
-
-    def record(units):
-        drawn.append(units)
-        return 0.0
-
-    bootstrap_interval(record, 7, resamples=50)
-    table = np.stack(drawn)
-    assert table.shape[1] == 7
-    assert set(table.ravel()) == set(range(7))
-    assert any(len(set(units)) < 7 for units in drawn)
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_bootstrap_needs_two_units(n):
-    assert bootstrap_interval(lambda units: 1.0, n) is None
-
-
-def test_bootstrap_of_an_undefined_statistic_is_none():
-    assert bootstrap_interval(lambda units: float("nan"), 20) is None
-
-
-def test_bootstrap_leaves_out_undefined_resamples():
-    def mean_of_odd(units):  # undefined for a resample of even units alone
-        return float(np.mean([u for u in units if u % 2])) if (units % 2).any() else float("nan")
-
-    low, high = bootstrap_interval(mean_of_odd, 4)
-    assert (low, high) == (1.0, 3.0)
-
-
-def test_bootstrap_of_a_constant_is_a_point_and_warns_of_nothing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert bootstrap_interval(lambda units: 2.5, 10) == (2.5, 2.5)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 48), (48, 48), (1, 20), (17, 20)])
