@@ -88,7 +88,7 @@ def test_probe_any_checkpoint(
         assert not ended.value.code, (line, capsys.readouterr().err)
     made = sorted(path.name for path in Path("runs").iterdir())
     assert made == ["exported", "net", "unet", "uvit"]
-    assert all(len(list(Path("runs", name, "figures").iterdir())) == 4 for name in made)
+    assert all(len(list(Path("runs", name, "figures").iterdir())) == 5 for name in made)
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:

@@ -44,10 +44,10 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print verdicts claim by claim, and below them what to make of those that do not hold.
 
     The columns: run, measured value, bound, slack = bound / measured, the statistic that the
-    verdict rests on with its 95 % interval, number of independent units, verdict.
+    verdict rests on with its interval and the interval's level, number of independent units, verdict.
     """
     console = _console()
-    header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [95 % interval]"}
+    header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [interval] level"}
     console.print(_table([[Text(text, style="bold") for text in header.values()]]))
     for (theorem, claim), group in groupby(verdicts, key=lambda v: (v.theorem, v.claim)):
         kind = "Lemma" if theorem == "3.2" else "Theorem"
@@ -176,4 +176,6 @@ def _rests_on(verdict: Verdict) -> str:
     if verdict.interval is None:
         return f"{verdict.statistic}: {_number(verdict.estimate)}"
     low, high = verdict.interval
-    return f"{verdict.statistic}: {_number(verdict.estimate)} [{low:.3g}, {high:.3g}]"
+    level = "" if verdict.confidence is None else f" {verdict.confidence:.3%}".rstrip("%")
+    level = level.rstrip("0").rstrip(".") + " %" if level else ""
+    return f"{verdict.statistic}: {_number(verdict.estimate)} [{low:.3g}, {high:.3g}]{level}"

@@ -94,13 +94,15 @@ def linear_norm(weight: Float[Tensor, "*batch out in"]) -> float:
     r"""$\sigma_{\max}(W)$, by a dense singular value decomposition in float64.
 
     Args:
-        weight: the matrix; of several, the largest norm is returned.
+        weight: the matrix; of several, the largest norm is returned. NaN if it is not finite.
 
     >>> linear_norm(torch.diag(torch.tensor([3.0, -4.0])))
     4.0
     """
     if not weight.numel():
         return 0.0
+    if not weight.isfinite().all():
+        return math.nan
     return float(torch.linalg.matrix_norm(weight.detach().double().cpu(), ord=2).max())
 
 
@@ -134,6 +136,8 @@ def convolution_norm(
     >>> convolution_norm(difference, [4])
     2.0
     """
+    if not weight.isfinite().all():
+        return math.nan
     d = weight.ndim - 2
     stride, padding, dilation = (_each(v, d) for v in (stride, padding, dilation))
     if len(input_size) != d or d < 1:

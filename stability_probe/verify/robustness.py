@@ -205,6 +205,7 @@ def robustness_verdict(run: Evidence) -> Verdict:
         statistic="share of points",
         estimate=share,
         interval=share_interval(share, n),
+        confidence=0.95,
         n=n,
         advice=note,
     )

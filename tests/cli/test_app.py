@@ -21,6 +21,7 @@ from tests.oracles.evidence import (
 
 PUBLIC = {
     "theorem", "claim", "status", "measured", "bound", "slack", "interval", "n", "advice",
+    "confidence",
 }  # fmt: skip
 TINY = (
     "--steps", 2, "--sensitivity-every", 0, "--width", 16, "--n-skips", 2, "--batch-size", 4,

@@ -48,7 +48,7 @@ def test_the_table_has_all_theorems_and_every_scheme(finished):
     for claim in ("Theorem 3.1: ", "Lemma 3.2: ", "Theorem 3.3: ", "Theorem 3.4: "):
         assert claim in result.out
     for scheme in demo.SCHEMES:
-        assert sum(line.startswith(f"{scheme} ") for line in result.out.splitlines()) == 5
+        assert sum(line.startswith(f"{scheme} ") for line in result.out.splitlines()) == 6
     for part in ("figures", "verdicts.json", "runs"):
         assert str(folder / part) in result.out
 
@@ -63,7 +63,7 @@ def test_the_verdicts(finished):
     _, folder = finished
     rows = json.loads((folder / "verdicts.json").read_text())
     assert {row["theorem"] for row in rows} == {"3.1", "3.2", "3.3", "3.4"}
-    assert len(rows) == 5 * (1 + 4) + 2
+    assert len(rows) == 5 * (2 + 4) + 2
     assert {row["run"] for row in rows} == {*demo.SCHEMES, "5 runs"}
 
 

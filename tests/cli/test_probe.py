@@ -112,7 +112,7 @@ class TestProbe:
         assert (run.info["kind"], run.info["state"]) == ("checkpoint", "complete")
         assert json.loads((run.path / "verdicts.json").read_text()) == found["verdicts"]
         drawn = {file.stem for file in (run.path / "figures").iterdir()}
-        assert drawn == {"hierarchy", "paths", "energies", "counterfactual"}
+        assert drawn == {"hierarchy", "paths", "blame", "energies", "counterfactual"}
         assert sorted(found["figures"]) == sorted(map(str, (run.path / "figures").iterdir()))
 
     def test_for_people(self, cli, saved, tmp_path):
