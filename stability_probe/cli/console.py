@@ -44,7 +44,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print verdicts claim by claim, and below them what to make of those that do not hold.
 
     The columns: run, measured value, bound, slack = bound / measured, the statistic that the
-    verdict rests on with its interval and the interval's level, number of independent units, verdict.
+    verdict rests on with its interval and that one's level, number of independent units, verdict.
     """
     console = _console()
     header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [interval] level"}

@@ -15,7 +15,7 @@ def test_a_row_has_every_number(capsys):
                 n=17)
     ])  # fmt: skip
     header, *_ = (out := capsys.readouterr().out).splitlines()
-    for name in ("run", "measured", "bound", "slack", "rests on", "[interval] level", "n", "verdict"):
+    for name in ("run", "measured", "bound", "slack", "[interval] level", "n", "verdict"):
         assert name in header
     (row,) = (line for line in out.splitlines() if line.startswith("cs:0.7"))
     assert row.split() == ["cs:0.7", "2", "8", "4", "share:", "0.5", "[0.25,", "0.75]", "17",
