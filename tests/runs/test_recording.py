@@ -83,7 +83,8 @@ class TestTraining:
         first = frame[frame.step == 1]
         counts = first[first.stat.str.match(r"s\d")].groupby("metric", observed=True).stat.nunique()
         assert counts.to_dict() == {
-            "secant": 2, "secant_mean": 2, "sigma_max": 2, "sigma_max_upper": 2, "secant_worst": 2, "lipschitz_upper": 2, "lipschitz": 2,
+            "secant": 2, "secant_mean": 2, "secant_worst": 2,
+            "sigma_max": 2, "sigma_max_upper": 2, "lipschitz": 2, "lipschitz_upper": 2,
             "sample_energy": 5, "sample_kappa": 5, "sample_loss": 5, "sample_grad_energy": 5,
         }  # fmt: skip
         assert "update_ratio" in set(frame.metric)
