@@ -185,10 +185,7 @@ def probe(
     chosen: options.Skips = None,
     input: options.Input = None,
     kwargs: options.Arguments = None,
-    noise_levels: Annotated[
-        str | None,
-        typer.Option(metavar="T,T,...", help="Noise levels. Default: a low, a middle, a high one."),
-    ] = None,
+    noise_levels: options.NoiseLevels = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -196,14 +193,9 @@ def probe(
             "measured only if it is given."
         ),
     ] = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option(help="Scale the skips first, by a scheme that `train` knows."),
-    ] = None,
+    scheme: options.Scheme = None,
     batch: options.Batch = 96,
-    sensitive: Annotated[
-        int, typer.Option(help="How many of the samples Jacobians are taken on.")
-    ] = 4,
+    sensitive: options.Sensitive = 4,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     seed: options.Seed = 0,
@@ -216,13 +208,14 @@ def probe(
         print_skips,
         print_verdicts,
     )
-    from stability_probe.cli.probe import ProbeOptions, run_probe
+    from stability_probe.cli.points import PointOptions
+    from stability_probe.cli.probe import run_probe
 
     what = options.SubjectOptions(
         checkpoint, model, model_args, weights, trust_pickle, partial, chosen or [], input,
         kwargs, batch, device, dtype, seed,
     )  # fmt: skip
-    found = run_probe(what, ProbeOptions(out, noise_levels, target, scheme, sensitive))
+    found = run_probe(what, PointOptions(noise_levels, target, scheme, sensitive), out)
     if as_json:
         print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
         return
@@ -261,18 +254,10 @@ def suggest(
     chosen: options.Skips = None,
     input: options.Input = None,
     kwargs: options.Arguments = None,
-    noise_levels: Annotated[
-        str | None,
-        typer.Option(metavar="T,T,...", help="Noise levels. Default: a low, a middle, a high one."),
-    ] = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option(help="Scale the skips first, by a scheme that `train` knows."),
-    ] = None,
+    noise_levels: options.NoiseLevels = None,
+    scheme: options.Scheme = None,
     batch: options.Batch = 16,
-    sensitive: Annotated[
-        int, typer.Option(help="How many of the samples Jacobians are taken on.")
-    ] = 4,
+    sensitive: options.Sensitive = 4,
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
     seed: options.Seed = 0,
@@ -282,13 +267,15 @@ def suggest(
 
     Exit code 1 if no κ was found that meets it.
     """
-    from stability_probe.cli.suggest import SuggestOptions, print_suggestion, run_suggest
+    from stability_probe.cli.points import PointOptions
+    from stability_probe.cli.suggest import print_suggestion, run_suggest
 
     what = options.SubjectOptions(
         checkpoint, model, model_args, weights, trust_pickle, partial, chosen or [], input,
         kwargs, batch, device, dtype, seed,
     )  # fmt: skip
-    result = run_suggest(what, SuggestOptions(budget, of, noise_levels, scheme, sensitive))
+    how = PointOptions(noise_levels, scheme=scheme, sensitive=sensitive)
+    result = run_suggest(what, how, budget, of)
     if as_json:
         print(json.dumps(result.as_dict(), indent=2, ensure_ascii=False))
     else:

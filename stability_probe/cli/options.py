@@ -69,6 +69,14 @@ Arguments = Annotated[
         help="Values of the network's other arguments, by name, one row a sample.",
     ),
 ]
+NoiseLevels = Annotated[
+    str | None,
+    typer.Option(metavar="T,T,...", help="Noise levels. Default: a low, a middle, a high one."),
+]
+Scheme = Annotated[
+    str | None, typer.Option(help="Scale the skips first, by a scheme that `train` knows.")
+]
+Sensitive = Annotated[int, typer.Option(help="How many of the samples Jacobians are taken on.")]
 Batch = Annotated[int, typer.Option(help="Samples at each noise level.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ....")]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]

@@ -5,41 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from stability_probe.checkpoints.conditions import TIMES
-from stability_probe.checkpoints.noise import Schedule, default_levels, load_schedule, noised
-from stability_probe.checkpoints.reading import brief
 from stability_probe.cli.console import note, progress
 from stability_probe.cli.figures import save_figures
-from stability_probe.cli.options import SubjectOptions, parse_numbers
-from stability_probe.cli.subject import Subject, learned_scaling, open_subject
-from stability_probe.errors import StabilityProbeError
-from stability_probe.probes import ProbeBatch, SensitivityConfig
-from stability_probe.runs import ProbedPoint, ProbingConfig, Run, record_checkpoint
+from stability_probe.cli.options import SubjectOptions
+from stability_probe.cli.points import PointOptions, Prepared, measurable, prepare
+from stability_probe.cli.subject import Subject
+from stability_probe.probes import SensitivityConfig
+from stability_probe.runs import ProbingConfig, Run, record_checkpoint
 from stability_probe.runs.run import finite
-from stability_probe.skips import Scaling, parse_scaling
 from stability_probe.verify import Verdict, gather, verify
 from stability_probe.verify.robustness import global_bound, sensitivity_table
-
-
-@dataclass(frozen=True)
-class ProbeOptions:
-    """What to measure of a network.
-
-    Attributes:
-        out: the run folder to make.
-        noise_levels: numbers with commas between them; `None` for three of them.
-        target: what the network predicts, to measure gradients with; `None` for none.
-        scheme: a scaling of the skips to probe it under; `None` for the network as it is.
-        sensitive: how many samples the norms of Jacobians are taken on.
-    """
-
-    out: Path
-    noise_levels: str | None = None
-    target: str | None = None
-    scheme: str | None = None
-    sensitive: int = 4
 
 
 @dataclass(frozen=True)
@@ -86,129 +61,46 @@ class Probed:
         return dict(found)
 
 
-def run_probe(what: SubjectOptions, how: ProbeOptions) -> Probed:
+def run_probe(what: SubjectOptions, how: PointOptions, out: Path) -> Probed:
     """Load, measure, verify, draw.
+
+    Args:
+        what: the network.
+        how: where to measure it.
+        out: the run folder to make.
 
     Raises:
         StabilityProbeError: if one of these cannot be done.
     """
-    schedule = load_schedule(what.checkpoint)
-    run = Run(how.out, {"checkpoint": str(what.checkpoint.resolve())})
+    run = Run(out, {"checkpoint": str(what.checkpoint.resolve())})
     run.refuse_if_taken()
-    subject = open_subject(what)
-    if not subject.skips:
-        raise StabilityProbeError(
-            f"{what.checkpoint}: {type(subject.model).__name__} has no long skips (N = 0), which "
-            "is all that the theorems are about; name merges of it with --skips SOURCE=SINK"
-        )
-    scheme = (
-        parse_scaling(how.scheme)
-        if how.scheme
-        else learned_scaling(subject.checkpoint, subject.skips)
-    )
-    points, notes = points_of(subject, schedule, how)
-    for line in (subject.checkpoint.description, *_unfit(subject), *notes):
-        note(line)
-    _measure(subject, points, run, scheme, what, notes)
+    found = prepare(what, how)
+    _measure(found, run, what)
     verdicts = verify(run)
     run.write_json("verdicts.json", [v.as_dict() for v in verdicts])
     evidence = gather(run)[0]
     figures = save_figures([run], run.path / "figures")
     table, bound = sensitivity_table(evidence), global_bound(evidence)
-    return Probed(subject, run, verdicts, table, figures, notes, bound)
+    return Probed(found.subject, run, verdicts, table, figures, found.notes, bound)
 
 
-def _measure(
-    subject: Subject,
-    points: Sequence[ProbedPoint],
-    run: Run,
-    scheme: Scaling | None,
-    what: SubjectOptions,
-    notes: list[str],
-) -> None:
+def _measure(found: Prepared, run: Run, what: SubjectOptions) -> None:
+    subject, scheme = found.subject, found.scheme
     info = {
         "scheme": scheme.name if scheme else "as found",
         "checkpoint": subject.checkpoint.description,
         "config": {"options": {k: str(v) for k, v in vars(what).items()}},
-        "notes": notes,
+        "notes": found.notes,
     }
     config = ProbingConfig(SensitivityConfig(paths=True), what.seed)
-    try:
-        with progress() as display:
-            task = display.add_task("noise levels", total=len(points))
-            record_checkpoint(
-                subject.model, subject.skips, points, run, scheme=scheme, info=info, config=config,
-                on_point=lambda: display.advance(task),
-                on_smaller=lambda n: note(f"out of memory: going on with {n} samples"),
-            )  # fmt: skip
-    except StabilityProbeError:
-        raise
-    except Exception as error:  # the network's own code, or an operation without a derivative
-        raise StabilityProbeError(
-            f"{type(subject.model).__name__} cannot be measured ({brief(error)}); what was "
-            f"measured before is in {run.path}"
-        ) from error
-
-
-def points_of(
-    subject: Subject, schedule: Schedule, how: ProbeOptions
-) -> tuple[list[ProbedPoint], list[str]]:
-    """The samples at every noise level, and what was assumed."""
-    inputs, samples, generator = subject.inputs, subject.samples, subject.generator
-    notes = list(inputs.notes)
-    x = inputs.args[0]
-    if samples is not None:
-        notes[0] = samples.note
-    x0 = x if samples is None else samples.x0.to(x)
-    if how.target is not None and inputs.time is None:
-        raise StabilityProbeError(
-            f"--target {how.target}: {type(subject.model).__name__} takes no noise level, so there "
-            "is none to predict; leave --target away"
-        )
-    if inputs.time is None:
-        if how.noise_levels:
-            inputs.with_noise_level(0)  # says that there is none
-        return [ProbedPoint(None, _batch(subject, x0, inputs.kwargs, None, how))], notes
-    unit = TIMES[inputs.time] == "unit"
-    levels = (
-        default_levels(schedule, unit)
-        if how.noise_levels is None
-        else parse_numbers(how.noise_levels, "--noise-levels")
-    )
-    notes = [line for line in notes if not line.startswith(f"{inputs.time}:")]
-    notes.append(f"{inputs.time}: {', '.join(f'{t:g}' for t in levels)}; {schedule.note}")
-    points = []
-    for t in levels:
-        x_t, target = noised(x0, *schedule.alpha_sigma(t, unit), generator, how.target)
-        kwargs = inputs.with_noise_level(t).kwargs
-        points.append(ProbedPoint(t, _batch(subject, x_t, kwargs, target, how)))
-    return points, notes
-
-
-def _batch(
-    subject: Subject,
-    x: torch.Tensor,
-    kwargs: dict[str, Any],
-    target: torch.Tensor | None,
-    how: ProbeOptions,
-) -> ProbeBatch:
-    if how.sensitive < 1:
-        raise StabilityProbeError(f"--sensitive: must be at least 1, got {how.sensitive}")
-    return ProbeBatch(
-        (x,), kwargs, target=target, sensitive=how.sensitive,
-        per_frame=subject.inputs.per_frame, whole=subject.whole,
-    )  # fmt: skip
-
-
-def _unfit(subject: Subject) -> list[str]:
-    """What of the weights did not fit, where that was allowed."""
-    found = subject.checkpoint
-    named = (
-        ("missing", found.missing),
-        ("unexpected", found.unexpected),
-        ("of another shape", found.mismatched),
-    )
-    return [f"{len(names)} weights {kind}: {', '.join(names)}" for kind, names in named if names]
+    kept = f"what was measured before is in {run.path}"
+    with measurable(subject.model, kept), progress() as display:
+        task = display.add_task("noise levels", total=len(found.points))
+        record_checkpoint(
+            subject.model, subject.skips, found.points, run, scheme=scheme, info=info,
+            config=config, on_point=lambda: display.advance(task),
+            on_smaller=lambda n: note(f"out of memory: going on with {n} samples"),
+        )  # fmt: skip
 
 
 def mean_over_levels(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,50 +2,22 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from stability_probe.checkpoints.noise import load_schedule
-from stability_probe.checkpoints.reading import brief
-from stability_probe.cli.console import PIPE_WIDTH, note, progress
+from stability_probe.cli.console import PIPE_WIDTH, progress
 from stability_probe.cli.options import SubjectOptions
-from stability_probe.cli.probe import ProbeOptions, points_of
-from stability_probe.cli.subject import Subject, learned_scaling, open_subject
+from stability_probe.cli.points import PointOptions, measurable, prepare
+from stability_probe.cli.subject import Subject
 from stability_probe.errors import StabilityProbeError
+from stability_probe.runs.budget_search import Candidate
 from stability_probe.runs.run import finite
-from stability_probe.runs.suggesting import (
-    QUANTITIES,
-    Budget,
-    Candidate,
-    Suggestion,
-    suggest_kappa,
-)
-from stability_probe.skips import Scaling, parse_scaling
-from stability_probe.skips.scaling import FixedScaling
+from stability_probe.runs.suggesting import QUANTITIES, Budget, Suggestion, suggest_kappa
+from stability_probe.skips import FixedScaling, Scaling
 
 _NAMES = {"sigma_max": "σmax(J)", "pathwise": "path by path", "energy": "‖h₀‖²/‖x‖²"}
-
-
-@dataclass(frozen=True)
-class SuggestOptions:
-    """What to keep below what.
-
-    Attributes:
-        budget: a number, or a percentage of what is measured now.
-        of: `sensitivity`, `pathwise` or `energy`.
-        noise_levels: numbers with commas between them; `None` for three of them.
-        scheme: a scaling that the network has already; `None` for the network as it is.
-        sensitive: how many samples the norms of Jacobians are taken on.
-    """
-
-    budget: str
-    of: str = "sensitivity"
-    noise_levels: str | None = None
-    scheme: str | None = None
-    sensitive: int = 4
 
 
 @dataclass(frozen=True)
@@ -116,48 +88,33 @@ def parse_budget(text: str) -> Budget:
     return Budget(value / 100 if relative else value, relative)
 
 
-def run_suggest(what: SubjectOptions, how: SuggestOptions) -> Suggested:
+def run_suggest(what: SubjectOptions, how: PointOptions, budget: str, of: str) -> Suggested:
     """Load, measure, solve, measure again.
+
+    Args:
+        what: the network.
+        how: where to measure it.
+        budget: a number, or a percentage of what is measured now.
+        of: `sensitivity`, `pathwise` or `energy`.
 
     Raises:
         StabilityProbeError: if one of these cannot be done, or no κ meets the budget.
     """
-    budget = parse_budget(how.budget)
-    of = next((quantity for quantity in QUANTITIES if quantity == how.of), None)
-    if of is None:
-        raise StabilityProbeError(f"--of {how.of!r}: must be one of {', '.join(QUANTITIES)}")
-    schedule = load_schedule(what.checkpoint)
-    subject = open_subject(what)
-    if not subject.skips:
-        raise StabilityProbeError(
-            f"{what.checkpoint}: {type(subject.model).__name__} has no long skips (N = 0) to scale;"
-            " name merges of it with --skips SOURCE=SINK"
-        )
-    scheme = (
-        parse_scaling(how.scheme)
-        if how.scheme
-        else learned_scaling(subject.checkpoint, subject.skips)
-    )
-    probing = ProbeOptions(Path(), how.noise_levels, None, how.scheme, how.sensitive)
-    points, notes = points_of(subject, schedule, probing)
-    for line in (subject.checkpoint.description, *notes):
-        note(line)
-    batches = [point.batch for point in points]
-    try:
-        with progress() as display:
-            task = display.add_task("measurements", total=None)
-            found = suggest_kappa(
-                subject.model, subject.skips, batches, budget, of=of, scheme=scheme,
-                seed=what.seed, on_measured=lambda: display.advance(task),
-            )  # fmt: skip
-    except StabilityProbeError:
-        raise
-    except Exception as error:  # the network's own code, or an operation without a derivative
-        raise StabilityProbeError(
-            f"{type(subject.model).__name__} cannot be measured ({brief(error)})"
-        ) from error
-    levels = [p.noise_level for p in points if p.noise_level is not None]
-    return Suggested(subject, scheme, found, levels or None, [*notes, *found.notes])
+    limit = parse_budget(budget)
+    quantity = next((q for q in QUANTITIES if q == of), None)
+    if quantity is None:
+        raise StabilityProbeError(f"--of {of!r}: must be one of {', '.join(QUANTITIES)}")
+    ready = prepare(what, how)
+    subject, batches = ready.subject, [point.batch for point in ready.points]
+    with measurable(subject.model), progress() as display:
+        task = display.add_task("measurements", total=None)
+        found = suggest_kappa(
+            subject.model, subject.skips, batches, limit, of=quantity, scheme=ready.scheme,
+            seed=what.seed, on_measured=lambda: display.advance(task),
+        )  # fmt: skip
+    levels = [p.noise_level for p in ready.points if p.noise_level is not None]
+    notes = [*ready.notes, *found.notes]
+    return Suggested(subject, ready.scheme, found, levels or None, notes)
 
 
 def print_suggestion(result: Suggested) -> None:

@@ -51,18 +51,20 @@ class Jacobians:
     part_rtol: float
     max_products: int
 
-    def measure(self, paths: bool) -> tuple[dict[Key, Tensor], Tensor]:
+    def measure(self, *, paths: bool, blocks: bool = True) -> tuple[dict[Key, Tensor], Tensor]:
         """All norms, and the direction in which σ_max(J) is reached, (samples, n).
 
         Args:
-            paths: also measure what passes every skip, the middle, and around them.
+            paths: measure what passes every skip, the middle, and around them.
+            blocks: measure blocks, skips and gates.
         """
         with torch.enable_grad(), feature_graph(self.model, self.skips, self.batch) as nodes:
             whole = self._norm(nodes[OUTPUT], nodes[X], rtol=self.rtol)
             found = _enclosed(Key("sigma_max", "J", 0, ""), whole)
-            for key, out, into in self._blocks():
-                found |= _enclosed(key, self._norm(nodes[out], nodes[into]))
-            found |= self._gates(nodes)
+            if blocks:
+                for key, out, into in self._blocks():
+                    found |= _enclosed(key, self._norm(nodes[out], nodes[into]))
+                found |= self._gates(nodes)
             if paths and self.skips:
                 found |= self._paths(nodes, whole)
         return found, whole.right
@@ -92,10 +94,9 @@ class Jacobians:
         if len(schemes) != 1:
             return found
         for s in self.skips:
-            u, ku, i = nodes["u", s.level], nodes["ku", s.level], s.level
+            u, i = nodes["u", s.level], s.level
             gate = schemes[0].gate(u, i)
-            own = ku - gate.detach() * u  # zero, with u_i ∂κ_i/∂x for a derivative
-            term, slope = self._norm(own, nodes[X]), self._norm(gate, nodes[X])
+            term, slope = self._norm(u.detach() * gate, nodes[X]), self._norm(gate, nodes[X])
             size = sample_energy(u, len(self.batch.x)).sqrt()
             found |= _enclosed(Key("gate_term", "skip", i, ""), term)
             found[Key("gate_bound", "skip", i, "")] = size * slope.upper

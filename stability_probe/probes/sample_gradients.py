@@ -21,6 +21,9 @@ from stability_probe.probes.outer_products import LayerEnergy, layer_calls, laye
 from stability_probe.probes.records import Key
 from stability_probe.skips import Block
 
+MEMORY = 2**27
+"""Bytes that samples measured at once take unless another number is asked for."""
+
 Energies = dict[str, Tensor]
 """‖∇_W ℓ_s‖² of every weight by name, a vector over samples."""
 

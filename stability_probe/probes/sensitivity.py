@@ -31,7 +31,7 @@ from stability_probe.probes.features import sample_energy
 from stability_probe.probes.graph import feature_graph
 from stability_probe.probes.jacobians import Jacobians
 from stability_probe.probes.records import Key
-from stability_probe.probes.sample_gradients import sample_gradients
+from stability_probe.probes.sample_gradients import MEMORY, sample_gradients
 from stability_probe.skips import Block, SkipConnection
 from stability_probe.skips.find import evaluating
 
@@ -59,7 +59,7 @@ class SensitivityConfig:
     rtol: float = 1e-2
     block_rtol: float = 2e-2
     max_products: int = 60
-    memory: int = 2**27
+    memory: int = MEMORY
     paths: bool = False
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class SensitivityProbe:
             self.model, self.skips, batch, generator, config.rtol, config.block_rtol,
             config.max_products,
         )  # fmt: skip
-        found, worst = norms.measure(config.paths)
+        found, worst = norms.measure(paths=config.paths)
         return found | self._secants_along(batch, worst.view_as(batch.x))
 
     @torch.no_grad()

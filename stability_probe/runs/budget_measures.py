@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.probes import Key, ProbeBatch, SensitivityConfig, SensitivityProbe
+from stability_probe.probes import Key, ProbeBatch, SensitivityConfig
 from stability_probe.probes.features import sample_energy
 from stability_probe.probes.graph import feature_graph
-from stability_probe.skips import SkipConnection, SkipWarning, scale_skips
+from stability_probe.probes.jacobians import Jacobians
+from stability_probe.skips import FixedScaling, SkipConnection, SkipWarning, scale_skips
 from stability_probe.skips.find import evaluating
-from stability_probe.skips.scaling import FixedScaling
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class BudgetedNetwork:
         model: the network, whatever scales its skips attached.
         skips: its long skips.
         points: the samples at every noise level.
-        config: how norms are taken, with paths.
+        config: how norms are taken.
         seed: of their starting vectors.
         on_measured: called after every measurement.
     """
@@ -102,13 +102,16 @@ class BudgetedNetwork:
 
     def _norms(self, batch: ProbeBatch, m: np.ndarray) -> Norms:
         generator = torch.Generator().manual_seed(self.seed)
-        probe = SensitivityProbe(self.model, self.skips, {}, batch, self.config, self.seed)
+        norms = Jacobians(
+            self.model, self.skips, batch, generator, self.config.rtol, self.config.block_rtol,
+            self.config.max_products,
+        )  # fmt: skip
         with (
             evaluating(self.model),
             sdpa_kernel(SDPBackend.MATH),
             self._scaled(m),
         ):
-            found = probe.jacobian_norms(batch, generator)
+            found, _ = norms.measure(paths=True, blocks=False)
 
         def taken(metric: str, site: str, level: int = 0) -> np.ndarray:
             value: Tensor = found[Key(metric, site, level, "")]

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.models import TheoryUNet
-from stability_probe.probes import ProbeBatch, ProbeConfig, SensitivityConfig, StabilityProbe
+from stability_probe.probes import ProbeBatch, ProbeConfig, StabilityProbe
 from stability_probe.probes.features import FeatureProbe
 from stability_probe.probes.records import Key, RecordBuffer
-from stability_probe.probes.sample_gradients import sample_gradients
+from stability_probe.probes.sample_gradients import MEMORY, sample_gradients
 from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.runs.data import load_images
 from stability_probe.runs.run import Run
@@ -268,5 +268,5 @@ def _gradient_energies(
     return {
         Key("sample_energy", "x", 0, ""): batch.x.square().sum(1),
         Key("sample_energy", "target", 0, ""): batch.target.square().sum(1),
-        **sample_gradients(net, blocks, batch, SensitivityConfig().memory),
+        **sample_gradients(net, blocks, batch, MEMORY),
     }

@@ -10,6 +10,7 @@ from stability_probe.skips.sc_tuner import SCTuner
 from stability_probe.skips.scale import ScaledSkips, scale_skips
 from stability_probe.skips.scaling import (
     ConstantScaling,
+    FixedScaling,
     InverseSqrt2,
     LearnableScaling,
     Scaling,
@@ -23,6 +24,7 @@ __all__ = [
     "ArgumentTap",
     "Block",
     "ConstantScaling",
+    "FixedScaling",
     "FreeU",
     "InverseSqrt2",
     "LearnableScaling",

@@ -121,6 +121,17 @@ class Evidence:
         least, largest = (self.series("kappa", "skip", stat) for stat in ("min", "max"))
         return bool((largest.max() - least.min() > SAME_GAIN * largest.max()).any())
 
+    @cached_property
+    def law_kappa(self) -> list[float]:
+        """The κ that explicit laws of energies take.
+
+        Where κ depends on the input, the energy-weighted gain E‖κu‖²/E‖u‖² takes the place of κ².
+        """
+        if not self.input_dependent:
+            return self.kappa
+        weighted = self.series("energy", "ku").mean() / self.series("energy", "u").mean()
+        return [float(k) for k in np.sqrt(weighted)]
+
     @property
     def unmet_scheme(self) -> str | None:
         """Why the theorems do not literally apply to the run's scaling scheme; `None` if they do.

@@ -27,13 +27,8 @@ def law_table(run: Evidence) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Predicted (levels,), and measured (networks, levels).
     """
-    if run.input_dependent:
-        weighted = run.series("energy", "ku").mean() / run.series("energy", "u").mean()
-        kappa = [float(k) for k in np.sqrt(weighted)]
-    else:
-        kappa = run.kappa
     gain = float(run.info.get("block_gain", 1.0))
-    predicted = feature_energy_law(kappa, alpha=gain, beta=gain, gamma=gain)
+    predicted = feature_energy_law(run.law_kappa, alpha=gain, beta=gain, gamma=gain)
     energy = run.series("energy", "h").to_numpy() / run.series("energy", "x").to_numpy()
     return predicted, energy
 

@@ -38,7 +38,7 @@ def gradient_law_table(run: Evidence) -> tuple[np.ndarray, np.ndarray]:
         Law and measurement, each (blocks, networks): a_1..a_N, then b_1..b_N.
     """
     config, gain = run.info["config"], float(run.info.get("block_gain", 1.0))
-    kappa, m = _kappa(run), int(config["m"])
+    kappa, m = run.law_kappa, int(config["m"])
     x, y = (run.samples("sample_energy", site, 0) for site in ("x", "target"))
 
     def law(target: float) -> np.ndarray:
@@ -116,13 +116,6 @@ def allowed_ratio(run: Evidence) -> Interval:
     return 1 / TOLERANCE, float(TOLERANCE * own_error)
 
 
-def _kappa(run: Evidence) -> list[float]:
-    if not run.input_dependent:
-        return run.kappa
-    weighted = run.series("energy", "ku").mean() / run.series("energy", "u").mean()
-    return [float(k) for k in np.sqrt(weighted)]
-
-
 def _deciding(low: np.ndarray, high: np.ndarray, band: Interval) -> tuple[int, Status]:
     """The block farthest outside the band for certain; failing that, possibly."""
     for_certain = np.maximum(low - band[1], band[0] - high)
@@ -147,7 +140,7 @@ def _naive(run: Evidence, measured: np.ndarray) -> str:
     """How far off (4ℓ/m)‖x‖²(Σ_{j≥i} κ_j² + 1) is at the worst block, in words; for unit gains."""
     if run.info.get("block_gain", 1.0) != 1.0:
         return ""
-    kappa = _kappa(run)
+    kappa = run.law_kappa
     loss, x = run.samples("sample_loss", "loss", 0), run.samples("sample_energy", "x", 0)
     c = 4 / run.info["config"]["m"]
     bounds = [

@@ -14,7 +14,8 @@ from torch import nn
 from stability_probe import LearnableScaling, Run, UViT, UViTConfig, find_skips, scale_skips
 from stability_probe.checkpoints.noise import load_schedule
 from stability_probe.cli.options import SubjectOptions
-from stability_probe.cli.probe import ProbeOptions, mean_over_levels, points_of
+from stability_probe.cli.points import PointOptions, points_of
+from stability_probe.cli.probe import mean_over_levels
 from stability_probe.cli.subject import open_subject
 from tests.checkpoints.mutations import damaged, damages
 from tests.checkpoints.saved_files import (
@@ -201,7 +202,7 @@ class TestProbe:
 def test_every_point_has_its_noise_level_and_its_noise(saved, tmp_path):
     subject = open_subject(SubjectOptions(saved["diffusers"][0], batch=3))
     schedule = load_schedule(tmp_path)
-    how = ProbeOptions(tmp_path, "10,900", "epsilon")
+    how = PointOptions("10,900", "epsilon")
     points, notes = points_of(subject, schedule, how)
     for point, t in zip(points, (10, 900), strict=True):
         assert point.noise_level == t

@@ -87,6 +87,25 @@ def test_bad_input_is_one_line(monkeypatch, capsys, weights, arguments, message)
     assert message in line
 
 
+def test_a_network_that_cannot_be_measured_is_one_line(monkeypatch, capsys, weights):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no derivative")
+
+    monkeypatch.setattr("stability_probe.cli.suggest.suggest_kappa", broken)
+    code, _, err = run(monkeypatch, capsys, weights[1], "--budget", "1", "--batch", 2)
+    assert code == 2
+    assert "error: TheoryUNet cannot be measured (RuntimeError: no derivative)" in err
+
+
+def test_json_says_what_was_assumed(monkeypatch, capsys, weights):
+    _, out, err = run(
+        monkeypatch, capsys, weights[1], "--budget", "100%", "--batch", 2, "--json"
+    )  # fmt: skip
+    notes = json.loads(out)["notes"]
+    assert any("Gaussian noise (2, 1, 8, 8)" in line for line in notes)
+    assert all(f"note: {line}" in err for line in notes)
+
+
 def test_a_budget_of_feature_energy(monkeypatch, capsys, weights):
     code, out, _ = run(
         monkeypatch, capsys, weights[1], "--budget", "90%", "--of", "energy", "--batch", 4, "--json"

@@ -97,6 +97,26 @@ class TestGates:
                 torch.testing.assert_close(high, bound, rtol=1e-6, atol=0)
                 assert (low <= high).all()
 
+    @pytest.mark.parametrize("small", [1e-2, 1e-6])
+    def test_a_small_term_is_not_lost_in_the_rounding_of_the_skip(self, small):
+        """In float32, gates whose last layer is nearly flat; the term is proportional to it."""
+        terms = []
+        for factor in (1.0, small):
+            net, skips, scheme = self.gated()
+            net.float()
+            with scale_skips(net, skips, scheme):
+                scheme.float()
+                for name, p in scheme.named_parameters():
+                    if name.endswith("layer2.weight"):
+                        p.data.mul_(factor)
+                    if name.endswith("layer2.bias"):
+                        p.data.zero_()
+                found, _ = jacobians(net, skips, inputs().float()).measure(paths=False)
+            terms.append({k.level: v for k, v in found.items() if k.metric == "gate_term"})
+        for level, flat in terms[1].items():
+            steep = terms[0][level]
+            assert ((flat >= 0.5 * small * steep) & (flat <= 2 * small * steep + 1e-30)).all()
+
     def test_constants_have_none(self):
         net, skips = theory_unet()
         with scale_skips(net, skips, parse_scaling("cs:0.7")):

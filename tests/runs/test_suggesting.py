@@ -2,11 +2,8 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from stability_probe import (
@@ -18,18 +15,8 @@ from stability_probe import (
     scale_skips,
 )
 from stability_probe.probes import ProbeBatch, SensitivityConfig
-from stability_probe.runs.suggesting import (
-    CLOSE,
-    ROUNDS,
-    Budget,
-    _cs,
-    _Measured,
-    _nearest,
-    _Search,
-    suggest_kappa,
-)
-from stability_probe.skips.scaling import FixedScaling
-from stability_probe.theory.kappa_budget import BudgetModel
+from stability_probe.runs.suggesting import Budget, suggest_kappa
+from stability_probe.skips import FixedScaling
 from tests.oracles.zoo import hook_count
 
 SHARP = SensitivityConfig(rtol=1e-5, block_rtol=1e-5, max_products=100)
@@ -191,64 +178,3 @@ def of_name(of):
 def test_budgets_that_are_none(value, relative):
     with pytest.raises(StabilityProbeError, match=r"budget: must be a positive number such as 1.2"):
         Budget(value, relative)
-
-
-class TestSearch:
-    """A stub in the place of the network: values as a function of the multipliers."""
-
-    def search(self, limit, curve, n=3):
-        kappa = np.ones(n)
-        terms = np.outer(np.linspace(1, 0.2, n), [1.0, 0.5])
-        model = BudgetModel(kappa, terms, np.array([0.05, 0.05]), 1)
-        self.calls = []
-
-        def measure(m):
-            self.calls.append(m)
-            values = curve(model.value(m))
-            return _Measured(values, {"sigma_max": float(values.max())})
-
-        now = measure(np.ones(n))
-        self.calls.clear()
-        return _Search(model, now, limit * now.largest, measure, kappa)
-
-    @settings(max_examples=60, deadline=None, derandomize=True)
-    @given(st.floats(0.3, 2.0), st.floats(0.3, 0.95), st.sampled_from([_nearest, _cs]))
-    def test_power_laws_are_met_closely(self, power, share, solve):
-        """What is measured follows the model's value to some power, and so is monotone."""
-        search = self.search(share, lambda v: v**power)
-        least = np.zeros(3) if solve is _nearest else np.eye(3)[0]
-        reachable = search.measure(least).largest <= search.limit * 0.97
-        self.calls.clear()
-        found = search.run(solve, least)
-        assert len(self.calls) == found.rounds <= ROUNDS
-        if reachable:
-            assert found.met
-            assert found.measured["sigma_max"] <= search.limit
-            assert found.measured["sigma_max"] >= 0.9 * search.limit
-
-    def test_the_nearest_of_those_that_meet_it_is_returned(self):
-        search = self.search(0.7, lambda v: v**0.5)
-        found = search.run(_nearest, np.zeros(3))
-        met = [m for m in list(self.calls) if search.measure(m).largest <= search.limit]
-        changes = [np.linalg.norm(1 - m) for m in met]
-        assert np.linalg.norm(1 - np.array(found.multipliers)) == min(changes)
-
-    def test_a_value_that_no_multiplier_changes_is_not_met_and_says_so(self):
-        search = self.search(0.9, lambda v: np.ones(2) * 3)
-        found = search.run(_nearest, np.zeros(3))
-        assert not found.met and found.measured["sigma_max"] == 3
-        assert found.rounds <= ROUNDS
-
-    def test_a_value_that_grows_first_is_told(self):
-        """As in front of a normalisation: steeper and steeper, and gone at κ = 0."""
-        search = self.search(0.8, lambda v: np.where(v > 0.06, 1 / v, 0.1))
-        found = search.run(_nearest, np.zeros(3))
-        assert found.met and sum(found.multipliers) < 0.1
-        assert found.highest > search.now.largest
-
-    def test_multipliers_have_four_decimals(self):
-        found = self.search(0.7, lambda v: v).run(_nearest, np.zeros(3))
-        assert [round(m, 4) for m in found.multipliers] == found.multipliers
-        cs = self.search(0.7, lambda v: v).run(_cs, np.eye(3)[0])
-        assert round(cs.multipliers[1], 4) == cs.multipliers[1]
-        assert cs.multipliers[2] == pytest.approx(cs.multipliers[1] ** 2)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from stability_probe import StabilityProbeError
 from stability_probe.skips import (
     ConstantScaling,
+    FixedScaling,
     InverseSqrt2,
     LearnableScaling,
     Scaling,
@@ -205,3 +206,22 @@ def test_reduction_rejects(reduction):
 
 
 # ── names ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TestFixed:
+    def test_multiplies_every_level_by_its_number(self):
+        scheme, u = FixedScaling([1.0, 0.5, 0.0]), randn(2, 3)
+        assert scheme.coefficients(3) == [1.0, 0.5, 0.0]
+        for level, kappa in enumerate((1.0, 0.5, 0.0), start=1):
+            torch.testing.assert_close(scheme(u, level), kappa * u)
+
+    def test_is_for_as_many_skips_as_it_has_numbers(self):
+        scheme = FixedScaling([1.0, 0.5])
+        scheme.prepare(skips_of((4, 3), (4, 3)))
+        with pytest.raises(StabilityProbeError, match="has 2 numbers for 3 skips"):
+            scheme.prepare(skips_of((4, 3), (4, 3), (4, 3)))
+
+    @pytest.mark.parametrize("kappa", [[], [-0.1], [float("nan")], [float("inf"), 1.0]])
+    def test_rejects(self, kappa):
+        with pytest.raises(StabilityProbeError, match="needs finite numbers ≥ 0, one a skip"):
+            FixedScaling(kappa)

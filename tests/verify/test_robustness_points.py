@@ -14,8 +14,7 @@ from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityPro
 from stability_probe.probes.records import RecordBuffer
 from stability_probe.probes.summaries import per_sample
 from stability_probe.runs import TrainConfig, build_model, load_images, train
-from stability_probe.skips import parse_scaling
-from stability_probe.skips.scaling import FixedScaling
+from stability_probe.skips import FixedScaling, parse_scaling
 from stability_probe.verify import Evidence
 from stability_probe.verify.robustness import robustness_chain, robustness_verdict
 from tests.oracles.zoo import unet2d
@@ -138,35 +137,24 @@ def test_the_worst_direction_reaches_sigma_max():
         assert (chain.random < 0.9 * chain.exact).all()
 
 
-class LinearUNet(nn.Module):
-    """Eq. 4 with matrices for blocks."""
+def linear_unet(a, b, middle):
+    """Eq. 4 with matrices for blocks, b_1 first."""
+    net = TheoryUNet(middle.shape[0], len(a)).double()
+    net.encoder = nn.ModuleList(map(layer, a))
+    net.middle = layer(middle)
+    for decoder, matrix in zip(net.decoder, b, strict=True):
+        decoder.block = layer(matrix)
+    return net
 
-    def __init__(self, a, b, middle):
-        super().__init__()
-        self.encoder, self.decoder = (
-            nn.ModuleList(map(self.linear, blocks)) for blocks in (a, b)
-        )  # the decoder's block 1 first
-        self.middle = self.linear(middle)
 
-    @staticmethod
-    def linear(matrix):
-        layer = nn.Linear(*reversed(matrix.shape), bias=False)
-        layer.weight.data = matrix.clone()
-        return layer.double()
-
-    def forward(self, x, t=None):
-        skips = []
-        for a in self.encoder:
-            x = a(x)
-            skips.append(x)
-        z = self.middle(x)
-        for b, u in zip(reversed(self.decoder), reversed(skips), strict=True):
-            z = b(z + u)
-        return z
+def layer(matrix):
+    found = nn.Linear(*reversed(matrix.shape), bias=False).double()
+    found.weight.data = matrix.clone()
+    return found
 
 
 def linear_chain(a, b, middle, kappa):
-    net, m = LinearUNet(a, b, middle), middle.shape[0]
+    net, m = linear_unet(a, b, middle), middle.shape[0]
     x = torch.randn(3, m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     skips = find_skips(net, x[:1])
     config = SensitivityConfig(paths=True, rtol=1e-9, block_rtol=1e-9, max_products=200)
