@@ -227,8 +227,8 @@ def sensitivity_table(run: Evidence) -> list[dict[str, Any]]:
     """The hierarchy of Theorem 3.4 at every measured step or noise level, means over samples.
 
     Returns:
-        For each of them `measured` (the largest of some random secants), `worst` (the secant along
-        the worst direction), `exact` (σ_max(J), from below), `exact_upper` (certified), and
+        For each of them `measured` (the largest of some random secants), `worst` (the same, the
+        worst direction included), `exact` (σ_max(J), from below), `exact_upper` (certified), and
         certified upper bounds `pathwise`, `blockwise`, `paper`, `paths` (κ_i‖P_i‖, one number a
         level), `middle` (‖P_mid‖) and `around` (norm of paths that Eq. 4 has not); of every path
         its `shares` of the worst case and its `alignment` with it, skips first, then the middle and

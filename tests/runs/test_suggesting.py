@@ -15,6 +15,7 @@ from stability_probe import (
     scale_skips,
 )
 from stability_probe.probes import ProbeBatch, SensitivityConfig
+from stability_probe.runs.budget_search import CLOSE, ROUNDS
 from stability_probe.runs.suggesting import Budget, suggest_kappa
 from stability_probe.skips import FixedScaling
 from tests.oracles.zoo import hook_count
