@@ -273,6 +273,19 @@ def test_a_derivative_that_cannot_be_differentiated_is_refused():
     torch.testing.assert_close(norm.value, torch.full((2,), 3.0))
 
 
+def test_derivatives_that_cancel_are_no_fault():
+    """The mean of what a normalisation has centred: its derivative is 0, and rounding in float32."""
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    gate = torch.nn.functional.layer_norm(x @ weight, (64,)).mean(1, keepdim=True).sigmoid()
+    norm = jacobian_norm(gate, x, generator=torch.Generator().manual_seed(2))
+    assert (norm.value < 1e-6).all()
+    push, pull = jacobian_products(gate, x)
+    start = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    with pytest.raises(ValueError, match="do not belong together"):  # taken for a derivative
+        golub_kahan_norm(push, pull, start)
+
+
 def test_maps_that_are_not_each_others_transpose():
     a = torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(0))
 
