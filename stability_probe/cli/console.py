@@ -21,14 +21,14 @@ from rich.text import Text
 from stability_probe.skips import SkipConnection
 from stability_probe.verify import Verdict
 
-PIPE_WIDTH = 154
+PIPE_WIDTH = 164
 """Columns of a table that is not printed to a terminal."""
 _COLUMNS = {
     "run": 24,
     "measured": 10,
     "bound": 10,
     "slack": 10,
-    "rests on": 66,
+    "rests on": 76,
     "n": 5,
     "verdict": 16,
 }
@@ -176,6 +176,5 @@ def _rests_on(verdict: Verdict) -> str:
     if verdict.interval is None:
         return f"{verdict.statistic}: {_number(verdict.estimate)}"
     low, high = verdict.interval
-    level = "" if verdict.confidence is None else f" {verdict.confidence:.3%}".rstrip("%")
-    level = level.rstrip("0").rstrip(".") + " %" if level else ""
+    level = "" if verdict.confidence is None else f" {100 * verdict.confidence:.4g} %"
     return f"{verdict.statistic}: {_number(verdict.estimate)} [{low:.3g}, {high:.3g}]{level}"

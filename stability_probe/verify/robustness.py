@@ -14,6 +14,8 @@ TOLERANCE = 1e-2
 """Relative error allowed to secants of a finite step, and width of σ_max(J) that is settled."""
 ROUNDING = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 0.05, "float16": 0.05}
 """Relative error of rounding allowed in every comparison of norms."""
+CURVED = 0.1
+"""Relative difference of secants at the two smallest ε_δ beyond which they are of no tangent."""
 GAP = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 0.05, "float16": 0.05}
 """Share of J that rounding may make of paths that do add up to it, with a margin of 10 or more."""
 
@@ -86,6 +88,8 @@ class Chain:
     Attributes:
         secant: largest ‖Δoutput‖/ε_δ at the smallest ε_δ, over random directions and the worst.
         random: the same over random directions alone.
+        curved: where that ε_δ is too large for a secant to be held against σ_max(J), as the next
+            larger one gives quite another.
         lower: norms estimated from below.
         upper: norms bounded from above.
         gap: the share of J that all paths together leave out.
@@ -94,6 +98,7 @@ class Chain:
 
     secant: np.ndarray
     random: np.ndarray
+    curved: np.ndarray
     lower: Norms
     upper: Norms
     gap: np.ndarray
@@ -111,9 +116,17 @@ class Chain:
         return np.asarray(np.isfinite(np.stack(every)).all(axis=0) & (self.exact > 0))
 
     @property
+    def exceeding(self) -> np.ndarray:
+        """Where a secant is above σ_max(J)."""
+        return np.asarray(self.secant > self.upper.exact * (1 + TOLERANCE))
+
+    @property
     def ordered(self) -> np.ndarray:
-        """Where no lower bound of a quantity is above the upper bound of the next."""
-        ordered = np.asarray(self.secant <= self.upper.exact * (1 + TOLERANCE))
+        """Where no lower bound of a quantity is above the upper bound of the next.
+
+        Secants count where they are of a tangent: σ_max(J) bounds their limit alone.
+        """
+        ordered = ~self.exceeding | self.curved
         for low, high in zip(self.lower.rising, self.upper.rising[1:], strict=False):
             ordered = ordered & (low <= high * (1 + self.rounding))
         return ordered
@@ -123,18 +136,26 @@ def robustness_chain(run: Evidence) -> Chain | None:
     """Assemble the chain from recorded secants, norms and gains; `None` if none were recorded."""
     if not run.samples("sigma_max", "J").size:
         return None
-    secants = run.frame[run.frame.metric == "secant"].site.unique()
-    smallest = min(secants, key=lambda site: float(site.removeprefix("eps=")))
-    random, worst = (run.samples(m, smallest) for m in ("secant", "secant_worst"))
+    sites = run.frame[run.frame.metric == "secant"].site.unique()
+    rising = sorted(sites, key=lambda site: float(site.removeprefix("eps=")))
+    secants = [_largest_secant(run, site) for site in rising[:2]]
+    change = np.abs(secants[0] - secants[-1])
     lower, gap = Norms.of(run, upper=False), run.samples("path_gap", "J")
     return Chain(
-        secant=np.maximum(random, worst)[:, 0] if worst.size else random[:, 0],
-        random=random[:, 0],
+        secant=secants[0],
+        random=run.samples("secant", rising[0])[:, 0],
+        curved=change > CURVED * np.maximum(secants[0], secants[-1]),
         lower=lower,
         upper=Norms.of(run, upper=True),
         gap=gap[:, 0] if gap.size else np.zeros_like(lower.exact),
         rounding=ROUNDING[run.info.get("dtype", "float32")],
     )
+
+
+def _largest_secant(run: Evidence, site: str) -> np.ndarray:
+    """The largest secant of a size, over random directions and, where measured, the worst."""
+    random, worst = (run.samples(metric, site) for metric in ("secant", "secant_worst"))
+    return (np.maximum(random, worst) if worst.size else random)[:, 0]
 
 
 def _skip_gains(run: Evidence, whole: np.ndarray, samples: int) -> np.ndarray:
@@ -187,7 +208,13 @@ def robustness_verdict(run: Evidence) -> Verdict:
     )
     if unsettled:
         note += f"; σ_max(J) did not settle at {unsettled} points: raise max_products"
-    status: Status = "INCONCLUSIVE" if unsettled else "HOLDS"
+    curved = int((chain.exceeding & chain.curved).sum())
+    if curved:
+        note += (
+            f"; at {curved} points the network bends within the smallest ε_δ, so that its secants "
+            "say nothing of σ_max(J): add a smaller ε"
+        )
+    status: Status = "INCONCLUSIVE" if unsettled or curved else "HOLDS"
     if run.input_dependent:
         note += (
             "; κ is the norm of the whole skip, how it changes with the input included"

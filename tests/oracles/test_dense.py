@@ -20,9 +20,24 @@ def test_random_matrices_have_the_spectrum_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("value", "residual"), [(2.9, 1.0), (3.01, 1.0), (2.99, 1e-4), (float("nan"), 1.0)]
+    ("value", "upper", "right"),
+    [
+        (2.9, 3.1, (1.0, 0.0)),  # too low
+        (3.01, 3.1, (1.0, 0.0)),  # above σ_max
+        (2.99, 2.995, (1.0, 0.0)),  # the upper bound is none
+        (3.0, 3.1, (0.0, 1.0)),  # another vector's value
+        (float("nan"), 3.1, (1.0, 0.0)),
+    ],
 )
-def test_the_comparator_can_fail(value, residual):
-    norm = SpectralNorm(torch.tensor([value]), torch.tensor([residual]), 1, True)
+def test_the_comparator_can_fail(value, upper, right):
+    matrix = torch.diag(torch.tensor([3.0, 1.0]))[None]
+    numbers = (torch.tensor([v]) for v in (value, upper))
+    vectors = (torch.tensor([v]) for v in (right, (1.0, 0.0)))
     with pytest.raises(AssertionError):
-        assert_matches_dense(norm, torch.diag(torch.tensor([3.0, 1.0]))[None])
+        assert_matches_dense(SpectralNorm(*numbers, *vectors, 1, True), matrix)
+
+
+def test_the_comparator_can_pass():
+    one = torch.tensor([[1.0, 0.0]])
+    norm = SpectralNorm(torch.tensor([3.0]), torch.tensor([3.01]), one, one, 1, True)
+    assert_matches_dense(norm, torch.diag(torch.tensor([3.0, 1.0]))[None])

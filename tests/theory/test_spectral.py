@@ -274,7 +274,7 @@ def test_a_derivative_that_cannot_be_differentiated_is_refused():
 
 
 def test_derivatives_that_cancel_are_no_fault():
-    """The mean of what a normalisation has centred: its derivative is 0, and rounding in float32."""
+    """The mean of what a normalisation has centred: 0, and in float32 rounding."""
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     gate = torch.nn.functional.layer_norm(x @ weight, (64,)).mean(1, keepdim=True).sigmoid()

@@ -97,6 +97,17 @@ class TestVerdict:
         assert verdict.status == "VIOLATED"
         assert verdict.estimate == pytest.approx(share)
 
+    def test_secants_that_are_of_no_tangent_violate_nothing_and_settle_nothing(self):
+        """Far above σ_max(J), but ten times the step gives another: it bends in between."""
+        verdict = robustness_verdict(chain(secant=one_of(1, 50), next_secant=one_of(1, 5)))
+        assert (verdict.status, verdict.estimate) == ("INCONCLUSIVE", 1.0)
+        assert "at 1 points the network bends within the smallest ε_δ" in verdict.advice
+        straight = robustness_verdict(chain(secant=one_of(1, 50), next_secant=one_of(1, 49)))
+        assert straight.status == "VIOLATED"
+
+    def test_bending_below_sigma_max_does_not_matter(self):
+        assert robustness_verdict(chain(next_secant=0.1)).status == "HOLDS"
+
     @pytest.mark.parametrize("within", [{"secant": 4.03}, {"exact": 9.0008}])
     def test_estimation_errors_are_allowed_for(self, within):
         assert robustness_verdict(chain(**within)).status == "HOLDS"
