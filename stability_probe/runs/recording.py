@@ -159,6 +159,8 @@ class EnsembleConfig:
         final_relu: end blocks with a ReLU, which breaks a premise of the law.
         samples: Gaussian inputs, and Gaussian targets, a network.
         seed: the first network's seed; the others follow it.
+        gradients: also record per-sample gradients, for the law of Theorem 3.3; it takes as long
+            again.
 
     Raises:
         StabilityProbeError: if a number is below 1.
@@ -172,6 +174,7 @@ class EnsembleConfig:
     final_relu: bool = False
     samples: int = 8
     seed: int = 0
+    gradients: bool = True
 
     def __post_init__(self) -> None:
         for name in ("networks", "m", "n_skips", "samples"):
@@ -215,12 +218,13 @@ def record_ensemble(
             skips = find_skips(net, batch.x[:1])
             for name, buffer in buffers.items():
                 with scale_skips(net, skips, seeded_scaling(name, seed)):
-                    if name not in blocks:
-                        blocks[name] = parameter_blocks(net, skips, batch.x[:1])
                     energies = _feature_energies(net, batch.x, skips)
-                    singly = _gradient_energies(net, batch, blocks[name])
-                buffer.add(index + 1, *summarise(energies, None, torch.empty(0)))
-                buffer.add(index + 1, *per_sample(singly))
+                    buffer.add(index + 1, *summarise(energies, None, torch.empty(0)))
+                    if config.gradients:
+                        if name not in blocks:
+                            blocks[name] = parameter_blocks(net, skips, batch.x[:1])
+                        singly = _gradient_energies(net, batch, blocks[name])
+                        buffer.add(index + 1, *per_sample(singly))
             if on_network is not None:
                 on_network()
     except BaseException as error:

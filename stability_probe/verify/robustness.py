@@ -126,9 +126,9 @@ class Chain:
 
         Secants count where they are of a tangent: σ_max(J) bounds their limit alone.
         """
-        ordered = ~self.exceeding | self.curved
+        ordered: np.ndarray = ~self.exceeding | self.curved
         for low, high in zip(self.lower.rising, self.upper.rising[1:], strict=False):
-            ordered = ordered & (low <= high * (1 + self.rounding))
+            ordered &= low <= high * (1 + self.rounding)
         return ordered
 
 

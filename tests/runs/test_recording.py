@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -228,6 +229,18 @@ class TestEnsemble:
             return run_pass(net, x, torch.zeros(len(x)))
 
     @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_gradients_may_be_left_out(self, tmp_path):
+        """And everything else is as with them."""
+        frames = []
+        for gradients in (True, False):
+            c = EnsembleConfig(**(vars(self.CONFIG) | {"gradients": gradients}))
+            (run,) = record_ensemble(c, ["cs:0.7"], tmp_path / str(gradients))
+            frames.append(run.records())
+        alone = ("sample_grad_energy", "sample_loss", "sample_energy")
+        rest = frames[0][~frames[0].metric.isin(alone)].reset_index(drop=True)
+        assert len(rest) < len(frames[0])
+        pd.testing.assert_frame_equal(frames[1].reset_index(drop=True), rest)
+
     def test_records_are_those_of_each_network(self, ensemble, scheme):
         c, runs = ensemble
         frame = runs[SCHEMES.index(scheme)].records()

@@ -16,7 +16,9 @@ SCHEMES = ("unscaled", "inverse-sqrt2", "uniform:0.5", "uniform:0", "cs:0.7", "l
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory):
     """200 random networks of Eq. 4, m = 256, N = 5, under every scheme."""
-    runs = record_ensemble(EnsembleConfig(), SCHEMES, tmp_path_factory.mktemp("ensemble"))
+    runs = record_ensemble(
+        EnsembleConfig(gradients=False), SCHEMES, tmp_path_factory.mktemp("ensemble")
+    )
     return {run.info["scheme"]: Evidence.of(run) for run in runs}
 
 
@@ -26,7 +28,7 @@ def changed(tmp_path_factory):
 
     @cache
     def record(**setting):
-        config = EnsembleConfig(**{"networks": 100, "m": 64, **setting})
+        config = EnsembleConfig(**{"networks": 100, "m": 64, "gradients": False, **setting})
         runs = record_ensemble(config, ["unscaled", "cs:0.7"], tmp_path_factory.mktemp("changed"))
         return {run.info["scheme"]: Evidence.of(run) for run in runs}
 
