@@ -5,6 +5,8 @@ OUT ?= demo-out
 # The demo's and the tests' tensors are small: a second thread brings little, and on a busy machine
 # waiting threads slow everything down many times over.
 export OMP_NUM_THREADS ?= 1
+# A process a core; a file's tests stay together, so that what they share is made once.
+WORKERS ?= -n auto --dist loadfile
 
 .PHONY: demo test test-all lint bench clean
 
@@ -12,10 +14,10 @@ demo: .venv/installed
 	$(BIN)/stability-probe demo --out $(OUT) --overwrite
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(WORKERS)
 
 test-all: lint
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest $(WORKERS) -m "slow or not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
