@@ -18,7 +18,8 @@ features have no global constant, or none that is of use. What is certified hold
 the batch's shape, under the batch's noise levels and conditions, in exact arithmetic.
 
 The pass is watched below autograd, by a `TorchDispatchMode`: compositions, operators and functional
-forms all arrive there as few basic operations, and nothing but foreign code escapes it.
+forms all arrive there as few basic operations. What foreign code makes of values that are taken out
+of torch (`numpy`, `tolist`) counts as constant.
 """
 
 import math

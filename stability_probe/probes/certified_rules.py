@@ -7,7 +7,6 @@ A tensor's constants L are kept by the site s whose tensor they refer to:
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -95,6 +94,9 @@ class Call:
 
 Rule = Callable[[Call], Known]
 
+WHOLE_SOFTPLUS = 15.0
+"""Threshold from which on softplus' jump to the identity, log(1 + e⁻ᵗ), is rounding in float32."""
+
 
 def times(constants: Constants, factor: float) -> Constants:
     """Constants multiplied by a number.
@@ -144,6 +146,10 @@ def _scaled(factor: Callable[[Call], float], name: str = "self") -> Rule:
         return Known(times(call.of(call.only(name)), factor(call)))
 
     return rule
+
+
+def _constant(factor: float) -> Rule:
+    return _scaled(lambda call: factor)
 
 
 def _slice(call: Call) -> Known:
@@ -243,7 +249,8 @@ def _stored_statistics(call: Call) -> float:
 
 def _average_pooling(call: Call) -> float:
     kernel, stride = _windows(call)
-    if call.args.get("divisor_override") or not call.args["count_include_pad"]:
+    args = call.args
+    if args.get("divisor_override") or args["ceil_mode"] or not args["count_include_pad"]:
         raise call.refused("only averages over whole windows are certified")
     return average_pooling_norm(kernel, stride)
 
@@ -293,12 +300,10 @@ def _largest(value: Any) -> float:
     return float(value.detach().double().abs().max()) if value.numel() else 0.0
 
 
-def _number(factor: float, call: Call) -> float:
-    return factor
-
-
-def _own_spread(call: Call) -> float:
-    return _spread(call, call.args["self"])
+def _softplus(call: Call) -> float:
+    if float(call.args["threshold"]) < WHOLE_SOFTPLUS:
+        raise call.refused("it jumps at its threshold")
+    return 1.0
 
 
 _REARRANGING = (
@@ -314,12 +319,13 @@ VALUELESS = {
 """Operations that take nothing but shape and type from their tensors."""
 
 RULES: Mapping[str, Rule] = {
-    **dict.fromkeys(_REARRANGING, _scaled(partial(_number, 1.0))),
-    **{name: _scaled(partial(_number, c)) for name, c in ACTIVATION_CONSTANTS.items()},
+    **dict.fromkeys(_REARRANGING, _constant(1.0)),
+    **{name: _constant(c) for name, c in ACTIVATION_CONSTANTS.items()},
+    "softplus": _scaled(_softplus),
     "leaky_relu": _scaled(lambda call: leaky_relu_constant(float(call.args["negative_slope"]))),
     "elu": _scaled(_elu),
     "slice": _slice,
-    **dict.fromkeys(("expand", "repeat"), _scaled(_own_spread)),
+    **dict.fromkeys(("expand", "repeat"), _scaled(lambda call: _spread(call, call.args["self"]))),
     "copy": lambda call: Known(times(call.of(call.args["src"]), _spread(call, call.args["src"]))),
     **dict.fromkeys(("add", "sub", "rsub"), _sum),
     "mul": _product,

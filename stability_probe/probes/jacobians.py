@@ -136,7 +136,8 @@ class Jacobians:
         pushed = push(whole.right)
         return _enclosed(key, norm) | {
             key._replace(metric="path_share"): (whole.left * pushed).sum(1) / whole.value,
-            key._replace(metric="path_alignment"): pushed.norm(dim=1) / norm.value,
+            key._replace(metric="path_alignment"): pushed.norm(dim=1)
+            / norm.value.clamp_min(torch.finfo(norm.value.dtype).tiny),
         }
 
 

@@ -1,8 +1,9 @@
 """Theorem 3.3's left side: the gradient energies of single samples.
 
-Layers give them without the gradients (`outer_products`), for many samples at once. One sample's
-gradients are also taken as they are: a weight whose energy differs there, because it is used
-elsewhere too or because samples do not lie in order in its layer, is not left to the layers. Such
+Layers give them without the gradients (`outer_products`), for many samples at once. The first and
+the last sample's gradients are also taken as they are: a weight whose energy differs at either,
+because it is used elsewhere too or because samples do not lie in order in its layer, is not left to
+the layers (what shows at neither of the two is not seen). Such
 weights, and those of no layer, are left to `torch.vmap`, and where the network cannot be put
 through it, to one backward pass a sample, which needs the least memory too.
 """
@@ -63,8 +64,10 @@ def weight_energies(
     model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch, memory: int
 ) -> tuple[Energies, Tensor]:
     """‖∇_W ℓ_s‖² of every weight, and ℓ_s."""
-    first, need = _first_sample(model, weights, batch)
-    found, losses = _by_layers(model, weights, batch, first, _at_once(batch, memory, need))
+    first, need = _one_sample(model, weights, batch, 0)
+    last, _ = _one_sample(model, weights, batch, len(batch.x) - 1)
+    size = _at_once(batch, memory, need)
+    found, losses = _by_layers(model, weights, batch, (first, last), size)
     rest = {name: w for name, w in weights.items() if name not in found}
     if rest:
         need += sum(w.nbytes for w in rest.values())
@@ -78,13 +81,13 @@ def _at_once(batch: ProbeBatch, memory: int, need: int) -> int:
     return samples if batch.whole else min(samples, max(1, memory // max(1, need)))
 
 
-def _first_sample(
-    model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch
+def _one_sample(
+    model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch, s: int
 ) -> tuple[Energies, int]:
-    """The energies of the first sample from its gradients, and the bytes that a sample needs."""
-    few = batch if batch.whole else batch.head(1)
+    """The energies of one sample from its gradients, and the bytes that a sample needs."""
+    few = batch if batch.whole else batch.samples(slice(s, s + 1))
     with torch.enable_grad(), layer_calls(model, weights) as calls, _saved_bytes(model) as saved:
-        loss = few.losses(model)[0]
+        loss = few.losses(model)[s if batch.whole else 0]
     grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     held = sum(saved.values()) + sum(call.bytes_held for call in calls)
     need = held + max((call.bytes_worked for call in calls), default=0)
@@ -112,9 +115,21 @@ def _saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 def _by_layers(
-    model: nn.Module, weights: Mapping[str, Tensor], batch: ProbeBatch, first: Energies, size: int
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    batch: ProbeBatch,
+    ends: Sequence[Energies],
+    size: int,
 ) -> tuple[Energies, Tensor]:
-    """What the layers give for certain, and ℓ_s, so many samples at once."""
+    """What the layers give for certain, and ℓ_s, so many samples at once.
+
+    Args:
+        model: the network.
+        weights: the weights by name.
+        batch: the samples.
+        ends: the energies of the first and of the last sample.
+        size: how many samples to measure at once.
+    """
     parts: list[dict[str, LayerEnergy]] = []
     losses: list[Tensor] = []
     for start in range(0, len(batch.x), size):
@@ -126,19 +141,19 @@ def _by_layers(
     found = {
         name: torch.cat([part[name].energy for part in parts])
         for name in weights
-        if _certain([part.get(name) for part in parts], first[name])
+        if _certain([part.get(name) for part in parts], [end[name] for end in ends])
     }
     return found, torch.cat(losses)
 
 
-def _certain(parts: Sequence[LayerEnergy | None], first: Tensor) -> bool:
-    """Whether all samples passed the same layers, and the first has the energy of its gradient."""
+def _certain(parts: Sequence[LayerEnergy | None], ends: Sequence[Tensor]) -> bool:
+    """Whether all samples passed the same layers, and the ends have the energies of gradients."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts) or len({part.shape for part in known}) > 1:
         return False
-    energy = known[0].energy[0]
-    rtol = torch.finfo(energy.dtype).eps ** 0.5
-    return bool((energy - first).abs() <= rtol * first)
+    found, right = torch.stack([known[0].energy[0], known[-1].energy[-1]]), torch.stack([*ends])
+    rtol = torch.finfo(found.dtype).eps ** 0.5
+    return bool(((found - right).abs() <= rtol * right).all())
 
 
 def _by_vmap(

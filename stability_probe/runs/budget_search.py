@@ -8,7 +8,7 @@ import numpy as np
 from stability_probe.theory.kappa_budget import BudgetModel, cs_multipliers, nearest_multipliers
 
 ROUNDS = 8
-"""The most solutions that are measured for one candidate."""
+"""The most solutions that are measured for one candidate, κ = 0 as a last resort left out."""
 CLOSE = 0.98
 """A measured value of this share of the budget is close enough to it."""
 HALVINGS = 5
@@ -107,6 +107,8 @@ class Search:
             if any(np.array_equal(m, t.m) for t in tried):
                 break
             tried.append(Try(max(aim, lowest), m, self.measure(m)))
+        if not any(map(self._meets, tried)) and not any(np.array_equal(least, t.m) for t in tried):
+            tried.append(Try(0.0, least, self.measure(least)))
         met = [t for t in tried if self._meets(t)]
         best = (
             min(met, key=lambda t: self.change(t.m))

@@ -153,10 +153,11 @@ def suggest_kappa(
 
 def _infeasible(of: Quantity, search: Search, best: Candidate) -> str:
     least = best.measured[_REPORTED[of]]
+    enough = least * (1 + 1e-3)  # so that rounding does not print a number that is too small
     return (
         f"suggest: no κ meets the budget of {search.limit:.4g}: with every skip turned off the "
         f"{of} is {least:.4g} still ({search.now.largest:.4g} as found); the least budget "
-        f"that is known to be met is {least:.4g}"
+        f"that is known to be met is {enough:.4g}"
     )
 
 

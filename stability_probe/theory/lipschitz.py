@@ -54,7 +54,6 @@ ACTIVATION_CONSTANTS: Mapping[str, float] = MappingProxyType(
         "relu": 1.0,
         "relu6": 1.0,
         "sigmoid": 0.25,  # d = s(1 - s) with s in (0, 1), largest at s = 1/2
-        "softplus": 1.0,  # d = sigmoid(beta x) < 1
         "tanh": 1.0,  # d = 1 - tanh² <= 1
     }
 )

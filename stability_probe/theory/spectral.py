@@ -105,18 +105,20 @@ def golub_kahan_norm(
     >>> round(float(norm.value), 4), round(float(norm.upper), 4)
     (3.0, 3.0)
     """
-    n = start.shape[1]
+    n, given = start.shape[1], start.dtype
+    dtype = torch.promote_types(given, torch.float32)  # half precision would end it too early
+    start = start.to(dtype)
     nothing = torch.zeros_like(start[:, 0])
     right = [_unit(start, nothing)[0]]
     left: list[Tensor] = []
     small = _Bidiagonal(certain=_component_quantile(n, failure))
     scale = nothing
     for k in range(1, min(max_products, n) + 1):
-        u, alpha = _unit(_orthogonal(matvec(right[-1]), left), scale)
+        u, alpha = _unit(_orthogonal(matvec(right[-1].to(given)).to(dtype), left), scale)
         scale = torch.maximum(scale, alpha)
-        back = rmatvec(u)
+        back = rmatvec(u.to(given)).to(dtype)
         if k == 1:
-            _check_adjoint(back, right[0], alpha, noise)
+            _check_adjoint(back, right[0], alpha, torch.finfo(given).eps, noise)
         v, beta = _unit(_orthogonal(back, right), scale)
         left.append(u)
         small.add(alpha, beta if k < n else nothing)  # n directions leave no other
@@ -231,10 +233,12 @@ def jacobian_products(
     return push, pull
 
 
-def _check_adjoint(back: Tensor, v: Tensor, alpha: Tensor, noise: Tensor | float) -> None:
+def _check_adjoint(
+    back: Tensor, v: Tensor, alpha: Tensor, eps: float, noise: Tensor | float
+) -> None:
     r"""Compare $\langle A^\top u, v\rangle$ with $\langle u, Av\rangle$, for $u = Av / \alpha$."""
     found = (back * v).sum(dim=1)
-    tolerance = 4 * torch.finfo(v.dtype).eps ** 0.5
+    tolerance = 4 * eps**0.5
     if ((found - alpha).abs() > tolerance * alpha + noise).any():
         raise ValueError(
             "products with a Jacobian and with its transpose do not belong together: an operation "

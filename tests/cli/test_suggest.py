@@ -112,8 +112,10 @@ def test_a_budget_of_feature_energy(monkeypatch, capsys, weights):
     )  # fmt: skip
     found = json.loads(out)
     assert found["before"].keys() == {"energy"}
-    assert code == (0 if found["best"]["met"] else 1)
-    assert found["best"]["met"] == (found["best"]["measured"]["energy"] <= found["budget"])
+    assert code == 0
+    assert found["best"]["met"]
+    assert found["best"]["measured"]["energy"] <= found["budget"] < found["before"]["energy"]
+    assert max(level["suggested"] for level in found["levels"]) <= 1
 
 
 def test_budgets():

@@ -193,7 +193,6 @@ def chain(
     l0: float = 3.0,
     exact: Any = 4.0,
     secant: Any = 1.0,
-    next_secant: Any = None,
     width: Any = 0.0,
     samples: int = 8,
     **info: Any,
@@ -202,8 +201,7 @@ def chain(
 
     `exact`, `secant` and `width`, by which the upper bound of `exact` is above it, may be arrays
     (3, samples). What is known of the blocks is exact. Three sizes of secants are
-    recorded; the next to the smallest is the same as that (or `next_secant`), the largest exceeds
-    everything.
+    recorded, of which the largest exceeds everything.
     """
     shape = (3, 1, samples)
 
@@ -217,7 +215,7 @@ def chain(
         sampled("sigma_max", "J", one(exact)),
         sampled("sigma_max_upper", "J", one(np.asarray(exact) + width)),
         sampled("secant", "eps=0.001", one(secant)),
-        sampled("secant", "eps=0.01", one(secant if next_secant is None else next_secant)),
+        sampled("secant", "eps=0.01", one(secant)),
         sampled("secant", "eps=0.1", one(1e6)),
         sampled("lipschitz", "a", levels(lip_a), first_level=1),
         sampled("lipschitz", "b", levels(lip_b), first_level=1),

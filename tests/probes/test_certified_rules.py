@@ -212,6 +212,10 @@ REFUSED = {
     "avg_pool2d .*: only averages over whole": lambda v: F.avg_pool2d(
         v, 2, padding=1, count_include_pad=False
     ),
+    "avg_pool2d .*: only averages over whole windows": lambda v: F.avg_pool2d(
+        v[..., :3], 2, ceil_mode=True
+    ),
+    "softplus .*: it jumps at": lambda v: F.softplus(v, threshold=0.0),
     "upsample_nearest2d .*: only upsampling": lambda v: F.interpolate(v, scale_factor=1.3),
     "upsample_bilinear2d .*: no constant": lambda v: F.interpolate(v, size=9, mode="bilinear"),
     "fill .*: no constant": lambda v: v.clone().fill_(1),

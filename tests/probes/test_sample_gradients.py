@@ -1,5 +1,6 @@
 """Per-sample gradient energies, against one backward pass a sample."""
 
+import dataclasses
 from contextlib import contextmanager
 
 import pytest
@@ -75,7 +76,7 @@ class TestBlocks:
     def test_the_budget_makes_no_difference(self, case, at_once):
         with measuring(case, n=5) as (net, blocks, batch):
             whole = sample_gradients(net, blocks, batch, MEMORY)
-            need = module._first_sample(net, dict(net.named_parameters()), batch)[1]
+            need = module._one_sample(net, dict(net.named_parameters()), batch, 0)[1]
             parts = sample_gradients(net, blocks, batch, at_once * need)
         assert whole.keys() == parts.keys()
         for key, value in whole.items():
@@ -266,6 +267,22 @@ class Routed(Net):
         return flat.index_put((chosen,), self.two(flat[chosen])).view_as(x)
 
 
+class Sorted(Net):
+    """Wrong: rows are in another order in a layer, of which the first sample tells nothing."""
+
+    def forward(self, x):
+        order = x.sum((1, 2)).argsort()
+        return self.two(self.one(x[order])[order.argsort()].tanh())
+
+
+class UsedElsewhereAtTimes(Net):
+    """Wrong: a further use of the weight, which the first sample has not."""
+
+    def forward(self, x):
+        gate = x.sum((1, 2), keepdim=True).relu()
+        return self.two(self.one(x).tanh()) + gate * F.linear(x.tanh(), self.one.weight)
+
+
 class Unused(Net):
     def forward(self, x):
         return self.one(x)
@@ -293,8 +310,8 @@ def by_layers(net, batch, memory=MEMORY):
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-14)
     with torch.no_grad():
         torch.testing.assert_close(losses, batch.losses(net), rtol=1e-12, atol=0)
-    first, _ = module._first_sample(net, weights, batch)
-    return set(module._by_layers(net, weights, batch, first, len(batch.x))[0])
+    ends = [module._one_sample(net, weights, batch, s)[0] for s in (0, len(batch.x) - 1)]
+    return set(module._by_layers(net, weights, batch, ends, len(batch.x))[0])
 
 
 def tokens(n=4, length=4, seed=3):
@@ -394,17 +411,28 @@ def test_more_memory_takes_more_samples_at_once():
 
     net, batch = Sized(), tokens(n=5)
     weights = {n: p for n, p in net.named_parameters() if p.ndim > 1}
-    _, need = module._first_sample(net, weights, batch)
+    _, need = module._one_sample(net, weights, batch, 0)
     for memory, expected in ((0, [1] * 5), (2 * need, [2, 2, 1]), (100 * need, [5])):
         sizes.clear()
         weight_energies(net, weights, batch, memory)
-        assert sizes == [1, *expected]
+        assert sizes == [1, 1, *expected]
 
 
 def test_what_a_sample_needs_by_hand():
     """x and tanh are kept, 4·6 doubles each; two gradients arrive; A and a product are made."""
     net = Net()
     weights = {n: p for n, p in net.named_parameters() if p.ndim > 1}
-    _, need = module._first_sample(net, weights, tokens())
+    _, need = module._one_sample(net, weights, tokens(), 0)
     kept = 2 * 4 * D + 4 * D  # and the residual of the squared error
     assert need == 8 * (kept + 2 * 4 * D + 4 * D + min(D * D, 2 * 16))
+
+
+@pytest.mark.parametrize(("net", "left"), [(Sorted, {"two.weight"}), (UsedElsewhereAtTimes, set())])
+def test_faults_that_the_first_sample_does_not_show(net, left):
+    """The first has the least sum, below 0, and so its place and no gate; the last has not."""
+    batch = tokens()
+    x = batch.x.abs()
+    x[0], x[-1] = -x[0], 0.1 * x[-1]
+    found = by_layers(net(), dataclasses.replace(batch, args=(x, *batch.args[1:])))
+    assert "one.weight" not in found
+    assert left <= found

@@ -79,9 +79,14 @@ class TestEnergyLaw:
             np.testing.assert_allclose(parts[2] - parts[1], parts[1] - parts[0])
 
     def test_gains_of_their_own(self):
-        law = gradient_energy_law([1.0, 1.0], 4, 1.0, 1.0, alpha=[1.0, 3.0], beta=[2.0, 1.0])
-        same = gradient_energy_law([1.0, 1.0], 4, 1.0, 1.0, alpha=1.0, beta=2.0)
-        assert (law != same).all()
+        """By hand, for a target so large that the gradient is all noise, R = 4‖y‖²/m² = ‖y‖²."""
+        law = gradient_energy_law([1.0, 0.5], 2, 1.0, 1e12, alpha=[1.0, 3.0], beta=[2.0, 1.0])
+        # u: 1, 3; z_2 = 3; merged_2 = 3/4 + 3, z_1 the same; merged_1 = 1 + 15/4
+        # gradients: z_0 1; z_1 and skip 1 2; z_2 2, skip 2 1/2; u_2 5/2; u_1 3 · 5/2 + 2
+        last = np.array([[9.5 * 1, 2.5 * 1], [1 * 4.75, 2 * 3.75]])
+        gains = np.array([[1.0, 3.0], [2.0, 1.0]])
+        np.testing.assert_allclose(law[..., 1] / 1e12, last, rtol=1e-9)
+        np.testing.assert_allclose(law[..., 0] / 1e12, gains / 2 * last, rtol=1e-9)
 
     def test_unknown_merges(self):
         with pytest.raises(ValueError, match=r"must be .* or .*, got 'mul'"):

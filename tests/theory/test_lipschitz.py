@@ -190,7 +190,6 @@ FUNCTIONS = {
     "relu": F.relu,
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
     "tanh": torch.tanh,
 }
 
