@@ -29,6 +29,8 @@ from stability_probe.verify.verdict import Verdict
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 DEPTHS = (1, 2, 4, 8, 16)
+FEWEST = 500
+"""Networks a cell with which every fit has cells to rest on."""
 SIDES = ("both", "lower", "upper")
 RHOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -80,6 +82,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=400, help="resamples of the bootstrap")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.networks < FEWEST:
+        parser.error(f"--networks: needs at least {FEWEST}, got {options.networks}")
+    if options.resamples < 2:
+        parser.error(f"--resamples: needs at least 2, got {options.resamples}")
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        parser.error(f"--out {options.out}: is there already; name another folder")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        parser.error(f"--out {options.out}: cannot be made ({problem.strerror})")
     table = coverage_table(simulate(options.networks, options.seed), RHOS)
     verdicts = []
     for event, name in (("all", "h_0..h_N"), ("h0", "h_0 alone")):
@@ -87,7 +99,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verdicts += [concentration_verdict(decays, name), depth_verdict(decays, name)]
         if event == "all":
             slopes = slopes_table(table, decays)
-    options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "coverage.csv", index=False)
     slopes.to_csv(options.out / "slopes.csv", index=False)
     text = json.dumps([verdict.as_dict() for verdict in verdicts], indent=1, ensure_ascii=False)

@@ -92,11 +92,7 @@ def describe(config: UViTConfig, overrides: Mapping[str, Any], scaling: Mapping[
     if "num_heads" not in overrides:
         heads += " assumed, as in the published sizes" if not config.embed_dim % 64 else " assumed"
         heads += " (the weights do not tell; num_heads overrides)"
-    note = (
-        f"; {len(scaling)} tensors of learnable scaling (LS) under se. are kept aside, not applied"
-        if scaling
-        else ""
-    )
+    note = f"; {len(scaling)} tensors of learnable scaling (LS) under se." if scaling else ""
     return (
         f"U-ViT of width {config.embed_dim} with {config.depth // 2} long skips for "
         f"{config.in_chans}x{config.img_size}x{config.img_size} images, {heads}{note}"

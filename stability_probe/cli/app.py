@@ -53,8 +53,8 @@ def train(
     scheme: Annotated[
         str,
         typer.Option(
-            help="Scaling: unscaled, inverse-sqrt2, uniform:C, cs:KAPPA, ls, ls-non-shared, freeu "
-            "or sc-tuner."
+            help="Scaling: unscaled, inverse-sqrt2, uniform:C, cs:KAPPA, kappa:C,C,C, ls, "
+            "ls-non-shared, freeu or sc-tuner."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Run folder to make.")],

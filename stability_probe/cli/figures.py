@@ -1,5 +1,6 @@
 """Writing figures to files."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,9 @@ from stability_probe.errors import StabilityProbeError
 from stability_probe.plots import all_figures
 from stability_probe.runs import Run
 from stability_probe.verify import gather
+
+_FORBIDDEN = re.compile(r"[^\w.=-]+")
+"""What is not put into the name of a file: blanks, colons, slashes."""
 
 
 def save_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -22,7 +26,7 @@ def save_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            files.append(folder / f"{name}.png")
+            files.append(folder / f"{_FORBIDDEN.sub('-', name)}.png")
             figure.savefig(files[-1], bbox_inches="tight", dpi=130)
     except OSError as problem:
         raise StabilityProbeError(f"{folder}: cannot be written ({problem.strerror})") from problem

@@ -73,6 +73,7 @@ def prepare(what: SubjectOptions, how: PointOptions) -> Prepared:
         else learned_scaling(subject.checkpoint, subject.skips)
     )
     points, notes = points_of(subject, schedule, how)
+    notes.append(f"scaling: {scheme.name if scheme else 'as found, none is added'}")
     for line in (subject.checkpoint.description, *_unfit(subject), *notes):
         note(line)
     return Prepared(subject, scheme, points, notes)

@@ -26,6 +26,7 @@ class Suggested:
 
     Attributes:
         subject: the network.
+        options: what the user said of it.
         scheme: the scaling that it was measured with; `None` for none.
         found: the suggestion.
         noise_levels: where it was measured; `None` if the network takes none.
@@ -33,6 +34,7 @@ class Suggested:
     """
 
     subject: Subject
+    options: SubjectOptions
     scheme: Scaling | None
     found: Suggestion
     noise_levels: list[float] | None
@@ -71,7 +73,7 @@ def parse_budget(text: str) -> Budget:
     """A budget from its text.
 
     Raises:
-        StabilityProbeError: if it is neither a number nor a percentage.
+        StabilityProbeError: if it is neither a positive number nor a percentage up to 100 %.
 
     >>> parse_budget("1.2"), parse_budget("80%")
     (Budget(value=1.2, relative=False), Budget(value=0.8, relative=True))
@@ -80,12 +82,12 @@ def parse_budget(text: str) -> Budget:
     relative = text.strip().endswith("%")
     try:
         value = float(number)
+        return Budget(value / 100 if relative else value, relative)
     except ValueError:
         raise StabilityProbeError(
-            f"--budget {text!r}: must be a number such as 1.2, or a percentage such as 80% of what "
-            "is measured now"
+            f"--budget {text!r}: must be a positive number such as 1.2, or a percentage up to 100% "
+            "of what is measured now"
         ) from None
-    return Budget(value / 100 if relative else value, relative)
 
 
 def run_suggest(what: SubjectOptions, how: PointOptions, budget: str, of: str) -> Suggested:
@@ -98,7 +100,7 @@ def run_suggest(what: SubjectOptions, how: PointOptions, budget: str, of: str) -
         of: `sensitivity`, `pathwise` or `energy`.
 
     Raises:
-        StabilityProbeError: if one of these cannot be done, or no κ meets the budget.
+        StabilityProbeError: if one of these cannot be done.
     """
     limit = parse_budget(budget)
     quantity = next((q for q in QUANTITIES if q == of), None)
@@ -114,7 +116,7 @@ def run_suggest(what: SubjectOptions, how: PointOptions, budget: str, of: str) -
         )  # fmt: skip
     levels = [p.noise_level for p in ready.points if p.noise_level is not None]
     notes = [*ready.notes, *found.notes]
-    return Suggested(subject, ready.scheme, found, levels or None, notes)
+    return Suggested(subject, what, ready.scheme, found, levels or None, notes)
 
 
 def print_suggestion(result: Suggested) -> None:
@@ -127,19 +129,29 @@ def print_suggestion(result: Suggested) -> None:
     print()
     for line in found.notes:
         print(f"note: {line}")
+    now = found.before[_held(found)]
     if not found.best.met:
+        off = ", with every skip turned off" if not any(found.best.multipliers) else ""
         print(
-            f"no κ that meets the budget was found in {found.best.rounds} rounds; shown is the "
-            "lowest value that was measured"
+            f"no κ was found that meets the budget of {found.budget:.4g}; shown are those with the "
+            f"lowest value that was measured, {found.best.largest:.4g} ({now:.4g} as found){off}"
         )
-    if found.best.highest > found.before[_held(found)]:
+    elif now <= found.budget:
+        print("the budget is met as found; a percentage, such as 80%, asks for less than that")
+        return
+    if found.best.highest > now:
         print(
             f"on the way {found.best.highest:.4g} was measured, more than as found: in front of a "
             "normalisation a smaller κ makes the other paths steeper"
         )
     if not found.cs.met:
         print("no CS was found that meets the budget: it never scales skip 1")
-    _print_use(result.name_of(found.best), found.best)
+    if found.best.met:
+        print(
+            "measured at the samples above and nowhere else: others may exceed the budget, and "
+            "nearer κ that meet it may exist"
+        )
+        _print_use(result)
 
 
 def _held(found: Suggestion) -> str:
@@ -152,36 +164,47 @@ def _kappa_table(result: Suggested) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("level", "source", "κ as found", "κ suggested", "κ of CS"):
         table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
-    columns = (found.kappa, found.best.kappa, found.cs.kappa)
-    for s, *kappa in zip(result.subject.skips, *columns, strict=True):
-        table.add_row(str(s.level), s.source or "(input)", *(f"{k:.4g}" for k in kappa))
+    cs = found.cs.kappa if found.cs.met else [None] * len(found.kappa)
+    for s, *kappa in zip(result.subject.skips, found.kappa, found.best.kappa, cs, strict=True):
+        table.add_row(str(s.level), s.source or "(input)", *map(_number, kappa))
     return table
 
 
 def _value_table(found: Suggestion) -> Table:
-    """The largest values over samples and noise levels."""
+    """The largest values over samples and noise levels; those of CS where it meets the budget."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("largest", "as found", "suggested", "CS", "budget"):
         table.add_column(name, justify="left" if name == "largest" else "right", no_wrap=True)
     held = _held(found)
     for key, before in found.before.items():
-        row = (before, found.best.measured[key], found.cs.measured[key])
+        cs = found.cs.measured[key] if found.cs.met else None
         budget = f"{found.budget:.4g}" if key == held else ""
-        table.add_row(_NAMES[key], *(f"{v:.4g}" for v in row), budget)
+        row = (before, found.best.measured[key], cs)
+        table.add_row(_NAMES[key], *map(_number, row), budget)
     both = (found.best, found.cs)
-    table.add_row("predicted", "", *(f"{c.predicted:.4g}" for c in both), "")
     table.add_row("rounds", "", *(str(c.rounds) for c in both), "")
     table.add_row("budget met", "", *("yes" if c.met else "no" for c in both), "")
     return table
 
 
-def _print_use(scheme: str | None, best: Candidate) -> None:
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _print_use(result: Suggested) -> None:
     """How to apply a suggestion."""
-    if scheme is None:
-        name = FixedScaling(best.multipliers).name
-        print(f"to use it, on top of the scaling that the network has: {name}")
+    name = result.name_of(result.found.best)
+    if name is None:
+        name = FixedScaling(result.found.best.multipliers).name
+        print(
+            "to use it, multiply what the scaling of the network gives (`probe --scheme` would "
+            "replace that scaling):"
+        )
     else:
-        name = scheme
-        print(f"to use it: stability-probe probe ... --scheme {name}")
+        of = result.options
+        print(
+            f"to use it: stability-probe probe {of.checkpoint} --scheme {name} --batch {of.batch} "
+            f"--seed {of.seed} ..., which prints means where this prints the largest value"
+        )
     print("  from stability_probe.skips import find_skips, parse_scaling, scale_skips")
     print(f'  scale_skips(model, find_skips(model, x, t), parse_scaling("{name}"))')

@@ -83,7 +83,7 @@ SHARES = {
 
 
 def plot_blame(table: pd.DataFrame) -> Figure:
-    """What each skip carries, by noise level: of the sensitivity and of the feature energy.
+    """What skips and the middle carry, by noise level: of the sensitivity and of feature energy.
 
     Args:
         table: from `tables.blame`.
@@ -94,10 +94,11 @@ def plot_blame(table: pd.DataFrame) -> Figure:
             values = mine[mine.share == share]
             ax.bar(values.level + 0.27 * (k - 1), values.value, 0.27, color=colour, label=name)
         ax.axhline(0, color="black", lw=0.6)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        names = [str(level) for level in sorted(mine.level.unique())]
+        ax.set_xticks(np.arange(len(names)) + 1, [*names[:-1], "mid"], fontsize=8)
         ax.set_xlabel("skip (1 = outermost)")
     legend(figure, panels[0][0])
-    title(figure, "What each skip carries (mean over samples)")
+    title(figure, "What each skip and the middle carry (mean over samples)")
     return figure
 
 

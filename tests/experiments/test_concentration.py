@@ -3,6 +3,7 @@ import runpy
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "concentration" / "run.py"
 
@@ -30,3 +31,24 @@ def test_the_experiment_writes_what_its_readme_promises(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "HOLDS: h_0..h_N:" in printed
     assert "slope_times_blocks" in printed
+
+
+def test_bad_input_is_one_line_and_nothing_is_overwritten(tmp_path, capsys):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "coverage.csv").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for arguments, message in (
+        (["--out", "new", "--networks", "0"], "--networks: needs at least 500, got 0"),
+        (["--out", "new", "--resamples", "1"], "--resamples: needs at least 2"),
+        (["--out", "taken"], "is there already"),
+        (["--out", "file"], "is there already"),
+        (["--out", "file/below"], "cannot be made"),
+    ):
+        arguments[1] = str(tmp_path / arguments[1])
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "taken" / "coverage.csv").read_text() == "mine"
+    assert not (tmp_path / "new").exists()

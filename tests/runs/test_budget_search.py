@@ -84,7 +84,8 @@ class TestTowards:
     def known(self, search, multipliers):
         m = np.array(multipliers)
         found = search.measure(m)
-        return Candidate(m.tolist(), m.tolist(), 0.0, found.report, 1, 0.0, True)
+        largest = found.largest
+        return Candidate(m.tolist(), m.tolist(), 0.0, found.report, 1, largest, largest, True)
 
     def test_the_least_change_that_meets_it_is_found_within_a_halving(self):
         search = TestSearch().search(0.7, lambda v: v)
