@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
     parser.add_argument("--networks", type=int, default=50_000, help="networks a cell")
-    parser.add_argument("--resamples", type=int, default=400, help="resamples of the bootstrap")
+    parser.add_argument("--resamples", type=int, default=1000, help="resamples of the bootstrap")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.networks < FEWEST:

@@ -28,6 +28,7 @@ import pandas as pd
 from scipy import optimize, special
 
 from stability_probe.verify.statistics import (
+    ALPHA,
     FEWEST_UNITS,
     Interval,
     at_most_status,
@@ -195,12 +196,12 @@ class Decays:
     least: np.ndarray
     networks: tuple[int, ...]
 
-    def interval(self, values: np.ndarray) -> Interval:
-        """95% percentile interval of a bootstrapped quantity (1 + resamples,)."""
+    def interval(self, values: np.ndarray, confidence: float = 0.95) -> Interval:
+        """Percentile interval of a bootstrapped quantity (1 + resamples,)."""
         drawn = values[1:][np.isfinite(values[1:])]
         if not drawn.size:
             return float("nan"), float("nan")
-        low, high = np.quantile(drawn, (0.025, 0.975))
+        low, high = np.quantile(drawn, ((1 - confidence) / 2, (1 + confidence) / 2))
         return float(low), float(high)
 
     def depth_slope(self) -> np.ndarray:
@@ -215,10 +216,18 @@ class Decays:
         positive = np.where(self.slope > 0, self.slope, np.nan)
         return np.asarray(np.log(positive) @ x / (x @ x))
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self, confidence: float = 0.95) -> pd.DataFrame:
         """One row an N: c, A, the least c and γ, with intervals of c and γ."""
         rows = [
-            (n, c[0], *self.interval(c), a[0], least, g[0], *self.interval(g))
+            (
+                n,
+                c[0],
+                *self.interval(c, confidence),
+                a[0],
+                least,
+                g[0],
+                *self.interval(g, confidence),
+            )
             for n, c, a, least, g in zip(
                 self.n_skips,
                 self.slope.T,
@@ -286,12 +295,13 @@ def _resample(rows: pd.DataFrame, generator: np.random.Generator) -> pd.DataFram
     return drawn
 
 
-def concentration_verdict(decays: Decays, run: str) -> Verdict:
+def concentration_verdict(decays: Decays, run: str, alpha: float = ALPHA) -> Verdict:
     """Is failure of the band exponentially rare in mρ², for every number of skips?
 
     The worst N decides, over the ρ of the table: rare large deviations, as of heavy-tailed weights,
     show at large ρ first. HOLDS if the slope is surely positive and the exponent of m surely at
-    least `SLOWEST` for all N; VIOLATED if either surely is not, for some N.
+    least `SLOWEST` for all N; VIOLATED if either surely is not, for some N, which by chance it is
+    with probability α at most over both and all N together.
     """
     claim = "failures of the band are exponentially rare in mρ², N fixed"
     known = np.isfinite(decays.exponent[0]) if decays.n_skips else np.zeros(0, bool)
@@ -301,7 +311,8 @@ def concentration_verdict(decays: Decays, run: str) -> Verdict:
             "of the networks fail; add networks, widths or values of ρ"
         )
         return Verdict.undecided("3.1", run, claim, advice, n=sum(decays.networks))
-    statuses = [_decay_status(row) for row in decays.frame()[known].itertuples()]
+    confidence = 1 - 2 * alpha / (2 * known.sum())
+    statuses = [_decay_status(row) for row in decays.frame(confidence)[known].itertuples()]
     order: list[Status] = ["VIOLATED", "INCONCLUSIVE", "HOLDS"]
     status = min(statuses, key=order.index)
     exponents = np.where(known, decays.exponent[0], np.inf)
@@ -318,9 +329,9 @@ def concentration_verdict(decays: Decays, run: str) -> Verdict:
         status,
         statistic=f"exponent of m, at N = {decays.n_skips[worst]}",
         estimate=float(decays.exponent[0, worst]),
-        interval=decays.interval(decays.exponent[:, worst]),
+        interval=decays.interval(decays.exponent[:, worst], confidence),
         n=sum(decays.networks),
-        confidence=0.95,
+        confidence=float(confidence),
         advice=f"{meaning}; c = {_slopes(decays)}{_depth(decays)}",
     )
 

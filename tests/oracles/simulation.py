@@ -21,13 +21,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from stability_probe.runs import Run
 from stability_probe.verify import Evidence, Verdict, verify
+from stability_probe.verify.concentration import SLOWEST, concentration_verdict, fit_decays
 from stability_probe.verify.counterfactual import LINEAR, counterfactual_verdict
 from stability_probe.verify.feature_band import REQUIRED, WIDEST, feature_band_verdict
 from stability_probe.verify.feature_law import feature_law_verdict
+from stability_probe.verify.gradient_law import (
+    allowed_ratio,
+    gradient_law_table,
+    gradient_law_verdict,
+)
 from stability_probe.verify.gradients import gradient_bound_verdict, gradient_slope_verdict
 from stability_probe.verify.input_energy import input_energy_verdict
 from stability_probe.verify.oscillation import oscillation_verdict
@@ -351,6 +357,64 @@ def _bound(n: int, rng: Rng, share: float, worst: float) -> Verdict:
     return gradient_bound_verdict(covered(rng, 2 * n, share, worst))
 
 
+def random_gradients(rng: Rng, n: int, *, at: float, worst: float | None = None) -> Evidence:
+    """Random networks whose gradients are so many times the explicit law, `worst` times at a_1.
+
+    `at` 1 is the middle of the allowed band, 0 its lower end, 2 its upper one.
+    """
+    m, skips = 256, len(KAPPA)
+    config = {"m": m, "merge": "add"}
+    x, y = rng.uniform(200, 300, (2, n, 1, 1))
+    known = {"kind": "ensemble", "block_gain": 1.0, "config": config}
+    bare = [Rows("sample_energy", "x", x), Rows("sample_energy", "target", y)]
+    ones = [Rows("sample_grad_energy", q, np.ones((n, skips, 1)), first_level=1) for q in "ab"]
+    empty = recorded(*bare, *ones, steps=range(1, n + 1), kappa=KAPPA, **known)
+    law, _ = gradient_law_table(empty)  # (blocks, networks)
+    low, high = np.log(allowed_ratio(empty))
+    ratio = np.full((2 * skips, 1), np.exp(low + (high - low) * at / 2))
+    ratio[0] *= worst or 1.0
+    noise = lognormal(shared_noise(rng, (1, 2 * skips, n))[0], 0.6)
+    g = (law * ratio * noise).T[:, :, None]
+    rows = [
+        Rows("sample_grad_energy", q, half, first_level=1)
+        for q, half in zip("ab", np.split(g, 2, axis=1), strict=True)
+    ]
+    loss = Rows("sample_loss", "loss", np.ones((n, 1, 1)))
+    return recorded(*bare, *rows, loss, steps=range(1, n + 1), kappa=KAPPA, **known)
+
+
+def _gradient_law(n: int, rng: Rng, **truth: float) -> Verdict:
+    return gradient_law_verdict(random_gradients(rng, n, **truth))
+
+
+# --- Theorem 3.1: concentration -------------------------------------------------------------------
+
+
+def failures(rng: Rng, n: int, gamma: float, depths: Sequence[int]) -> pd.DataFrame:
+    """Failures of n networks a cell, whose probability is erfc√(r_ρ m^γ) at every ρ and m."""
+    rhos, widths = (0.2, 0.3, 0.4, 0.5), (64, 128, 256, 512)
+    at_128 = special.erfcinv(np.array([0.3, 0.1, 0.03, 0.01])) ** 2
+    rows = []
+    for n_skips in depths:
+        for m in widths:
+            p = special.erfc(np.sqrt(at_128 * (m / 128) ** gamma))
+            between = -np.diff([1.0, *p, 0.0])  # who fails at ρ fails at every smaller ρ
+            failed = rng.multinomial(n, between)[::-1].cumsum()[::-1][1:]
+            rows += [
+                (m, n_skips, rho, m * rho**2, "all", "both", count, n)
+                for rho, count in zip(rhos, failed, strict=True)
+            ]
+    names = ["m", "n_skips", "rho", "m_rho2", "event", "side", "failures", "networks"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _concentration(n: int, rng: Rng, gamma: float, depths: Sequence[int] = (1,)) -> Verdict:
+    table = failures(rng, n, gamma, depths)
+    seed = int(rng.integers(2**31))
+    decays = fit_decays(table, resamples=99 * len(depths), seed=seed)
+    return concentration_verdict(decays, "drawn")
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 
@@ -414,6 +478,16 @@ def _cases() -> list[Case]:
             "true": ("85 % below at all 6 blocks", {"share": REQUIRED, "worst": REQUIRED}),
             "broken": ("55 % below at one of 6", {"share": REQUIRED, "worst": 0.55}),
             "clear": ("99 % below at all", {"share": 0.99, "worst": 0.99}),
+        },
+        ("explicit law, 3.3", 200, _gradient_law): {
+            "true": ("at the upper end of the band at all 10 blocks", {"at": 2.0}),
+            "broken": ("1.5 times that at one of 10", {"at": 2.0, "worst": 1.5}),
+            "clear": ("in the middle of the band", {"at": 1.0}),
+        },
+        ("decay in mρ², 3.1: exponent of m ≥ 0.75", 2000, _concentration): {
+            "true": ("exponent 0.75", {"gamma": SLOWEST}),
+            "broken": ("exponent 0.6", {"gamma": 0.6}),
+            "clear": ("exponent 1", {"gamma": 1.0}),
         },
     }  # fmt: skip
     return [
