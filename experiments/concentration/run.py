@@ -31,6 +31,8 @@ WIDTHS = (32, 64, 128, 256, 512, 1024)
 DEPTHS = (1, 2, 4, 8, 16)
 FEWEST = 500
 """Networks a cell with which every fit has cells to rest on."""
+RESAMPLES = 200
+"""Resamples that the intervals of the verdict on five numbers of skips need."""
 SIDES = ("both", "lower", "upper")
 RHOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -84,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.networks < FEWEST:
         parser.error(f"--networks: needs at least {FEWEST}, got {options.networks}")
-    if options.resamples < 2:
-        parser.error(f"--resamples: needs at least 2, got {options.resamples}")
+    if options.resamples < RESAMPLES:
+        parser.error(f"--resamples: needs at least {RESAMPLES}, got {options.resamples}")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         parser.error(f"--out {options.out}: is there already; name another folder")
     try:

@@ -22,11 +22,13 @@ def save_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     figures = all_figures(gather(runs))
     if not figures:
         raise StabilityProbeError("plot: the runs hold no records to draw")
-    files = []
+    files: list[Path] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            files.append(folder / f"{_FORBIDDEN.sub('-', name)}.png")
+            plain = _FORBIDDEN.sub("-", name)
+            same = sum(_FORBIDDEN.sub("-", other) == plain for other in list(figures)[: len(files)])
+            files.append(folder / f"{plain}{f'-{same + 1}' if same else ''}.png")
             figure.savefig(files[-1], bbox_inches="tight", dpi=130)
     except OSError as problem:
         raise StabilityProbeError(f"{folder}: cannot be written ({problem.strerror})") from problem

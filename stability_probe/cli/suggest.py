@@ -1,5 +1,6 @@
 """`suggest`: the κ that meets a budget of sensitivity or feature energy at the least change."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -203,8 +204,9 @@ def _print_use(result: Suggested) -> None:
     else:
         of = result.options
         print(
-            f"to use it: stability-probe probe {of.checkpoint} --scheme {name} --batch {of.batch} "
-            f"--seed {of.seed} ..., which prints means where this prints the largest value"
+            f"to use it: stability-probe probe {shlex.quote(str(of.checkpoint))} --scheme {name} "
+            f"--batch {of.batch} --seed {of.seed} ..., which prints means where this "
+            "prints the largest value"
         )
     print("  from stability_probe.skips import find_skips, parse_scaling, scale_skips")
     print(f'  scale_skips(model, find_skips(model, x, t), parse_scaling("{name}"))')

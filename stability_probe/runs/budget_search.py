@@ -141,14 +141,19 @@ class Search:
         known = min(met, key=lambda c: self.change(c.multipliers))
         if (known is best and best.largest >= CLOSE * self.limit) or min(known.multipliers) == 1:
             return known
-        return self.towards(known)
+        found = self.towards(known)
+        return replace(
+            found,
+            rounds=best.rounds + HALVINGS,
+            highest=max(best.highest, found.highest),
+        )
 
     def towards(self, known: Candidate) -> Candidate:
         """The least change that meets the budget on the line to κ that are known to."""
         change = 1 - np.asarray(known.multipliers)
         best, low, high = known, 0.0, 1.0
         highest = known.highest
-        for rounds in range(1, HALVINGS + 1):
+        for _ in range(HALVINGS):
             share = (low + high) / 2
             m = _rounded(1 - share * change)
             found = self.measure(m)
@@ -160,9 +165,9 @@ class Search:
             best = replace(
                 known, multipliers=m.tolist(), kappa=(self.kappa * m).tolist(),
                 predicted=float((self.fixed.value(m) * self.ratio).max()), measured=found.report,
-                rounds=known.rounds + rounds, largest=found.largest,
+                largest=found.largest,
             )  # fmt: skip
-        return replace(best, highest=highest)
+        return replace(best, rounds=known.rounds + HALVINGS, highest=highest)
 
     def _next_aim(self, tried: Sequence["Try"]) -> float:
         """The budget to give to the model: where the measured value will be near the budget.
@@ -175,7 +180,7 @@ class Search:
         low = max(met, key=lambda t: t.aim) if met else tried[-1]
         others = [t for t in tried if t.aim > low.aim and not self._meets(t)]
         if not others:
-            return low.aim * goal / low.found.largest
+            return low.aim * goal / max(low.found.largest, TINY)
         high = min(others, key=lambda t: t.aim)
         rise = np.log(high.found.largest / max(low.found.largest, TINY))
         slope = rise / np.log(high.aim / max(low.aim, TINY))

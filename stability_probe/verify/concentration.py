@@ -196,6 +196,11 @@ class Decays:
     least: np.ndarray
     networks: tuple[int, ...]
 
+    @property
+    def resamples(self) -> int:
+        """Of the bootstrap."""
+        return len(self.slope) - 1
+
     def interval(self, values: np.ndarray, confidence: float = 0.95) -> Interval:
         """Percentile interval of a bootstrapped quantity (1 + resamples,)."""
         drawn = values[1:][np.isfinite(values[1:])]
@@ -301,7 +306,8 @@ def concentration_verdict(decays: Decays, run: str, alpha: float = ALPHA) -> Ver
     The worst N decides, over the ρ of the table: rare large deviations, as of heavy-tailed weights,
     show at large ρ first. HOLDS if the slope is surely positive and the exponent of m surely at
     least `SLOWEST` for all N; VIOLATED if either surely is not, for some N, which by chance it is
-    with probability α at most over both and all N together.
+    with probability α at most over both and all N together: the intervals, at both ends, are of
+    confidence 1 − α/k for k numbers of skips, and need 2k/α resamples.
     """
     claim = "failures of the band are exponentially rare in mρ², N fixed"
     known = np.isfinite(decays.exponent[0]) if decays.n_skips else np.zeros(0, bool)
@@ -311,7 +317,12 @@ def concentration_verdict(decays: Decays, run: str, alpha: float = ALPHA) -> Ver
             "of the networks fail; add networks, widths or values of ρ"
         )
         return Verdict.undecided("3.1", run, claim, advice, n=sum(decays.networks))
-    confidence = 1 - 2 * alpha / (2 * known.sum())
+    tested = int(known.sum())
+    confidence, needed = 1 - alpha / tested, int(np.ceil(2 * tested / alpha))
+    if decays.resamples < needed:
+        advice = f"{decays.resamples} resamples cannot show an interval of {confidence:.1%}; "
+        advice += f"{needed} can"
+        return Verdict.undecided("3.1", run, claim, advice, n=sum(decays.networks))
     statuses = [_decay_status(row) for row in decays.frame(confidence)[known].itertuples()]
     order: list[Status] = ["VIOLATED", "INCONCLUSIVE", "HOLDS"]
     status = min(statuses, key=order.index)
@@ -331,7 +342,7 @@ def concentration_verdict(decays: Decays, run: str, alpha: float = ALPHA) -> Ver
         estimate=float(decays.exponent[0, worst]),
         interval=decays.interval(decays.exponent[:, worst], confidence),
         n=sum(decays.networks),
-        confidence=float(confidence),
+        confidence=confidence,
         advice=f"{meaning}; c = {_slopes(decays)}{_depth(decays)}",
     )
 
@@ -388,4 +399,4 @@ def _depth(decays: Decays) -> str:
     low, high = decays.interval(slopes)
     if not np.isfinite([slopes[0], low, high]).all():
         return ""
-    return f"; c goes as N^{slopes[0]:.2f} [{low:.2f}, {high:.2f}]"
+    return f"; c goes as N^{slopes[0]:.2f} [{low:.2f}, {high:.2f}] (95 %)"

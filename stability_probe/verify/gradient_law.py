@@ -6,7 +6,6 @@ from stability_probe.theory import gradient_bound, gradient_energy_law
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import (
     ALPHA,
-    FEWEST_UNITS,
     Interval,
     mean_limits,
     units_needed,
@@ -23,6 +22,8 @@ The law takes energies for independent that share blocks, 2N + 1 at most, so it 
 factor of at most about exp(7(2N + 1)/m): 1.35 for N = 5, m = 256, where 1.06 to 1.27 are
 measured over 1500 networks, and 1.5 to 2.5 for m = 64, of 3.3.
 """
+FEWEST = 50
+"""Networks below which intervals of such skewed energies miss more often than they say."""
 WIDEST = 4.0
 """Where a larger ratio would be allowed, networks are too narrow for the law to say anything."""
 
@@ -96,8 +97,8 @@ def _unusable(run: Evidence) -> Verdict | None:
     """The verdict on records that cannot be tested; `None` if they can."""
     gradients = [run.samples("sample_grad_energy", site) for site in ("a", "b")]
     count, unmet = len(gradients[0]), False
-    if count < FEWEST_UNITS:
-        advice = f"too few networks: {count} have recorded gradients, {FEWEST_UNITS} are needed"
+    if count < FEWEST:
+        advice = f"too few networks: {count} have recorded gradients, {FEWEST} are needed"
     elif not {"m", "merge"} <= set(run.info.get("config") or {}):
         advice = "`config` in run.json does not say m and merge, which the law depends on"
     elif allowed_ratio(run)[1] > WIDEST:

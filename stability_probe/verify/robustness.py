@@ -112,11 +112,13 @@ class Chain:
 
     @property
     def exceeding(self) -> np.ndarray:
-        """Where a secant is above σ_max(J), which bounds only its limit: the network bends there.
+        """Where a secant is above σ_max(J), which bounds only its limit.
 
-        This refutes nothing: ‖Δout‖ ≤ σ_max(J)‖δ‖ + what is of higher order in δ.
+        The network bends there, or ε_δ is so small that rounding shows. This refutes nothing:
+        ‖Δout‖ ≤ σ_max(J)‖δ‖ + what is of higher order in δ.
         """
-        return np.asarray(self.secant > self.upper.exact * (1 + TOLERANCE))
+        allowed = (1 + TOLERANCE) * (1 + self.rounding)
+        return np.asarray(self.secant > self.upper.exact * allowed)
 
     @property
     def ordered(self) -> np.ndarray:
@@ -205,8 +207,8 @@ def robustness_verdict(run: Evidence) -> Verdict:
     bent = int(chain.exceeding.sum())
     if bent:
         note += (
-            f"; at {bent} points the network bends within the smallest ε_δ, so that its secants "
-            "say nothing of σ_max(J): add a smaller ε"
+            f"; at {bent} points a secant of the smallest ε_δ is above σ_max(J): the network bends "
+            "within ε_δ, or rounding is as large as what ε_δ changes; try another ε"
         )
     status: Status = "INCONCLUSIVE" if unsettled or bent else "HOLDS"
     if run.input_dependent:

@@ -121,6 +121,7 @@ class TestProbe:
         assert result.code == 0
         for text in ("conv_in", "path by path", "skip 4", "middle", "Theorem 3.4", "figure: "):
             assert text in result.out
+        assert "note: scaling: as found, none is added" in result.err
         assert "Gaussian noise" in result.err and "500; noise schedule of DDPM" in result.err
 
     def test_noise_levels_target_and_seed(self, cli, saved, tmp_path):

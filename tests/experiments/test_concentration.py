@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "experiments" / "concentration" / "run.py"
 
 def test_the_experiment_writes_what_its_readme_promises(tmp_path, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
-    main(["--out", str(tmp_path / "deep" / "out"), "--networks", "1000", "--resamples", "2"])
+    main(["--out", str(tmp_path / "deep" / "out"), "--networks", "1000", "--resamples", "200"])
     out = tmp_path / "deep" / "out"
     readme = (SCRIPT.parent / "README.md").read_text()
     names = {path.name for path in out.iterdir()}
@@ -40,7 +40,7 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for arguments, message in (
         (["--out", "new", "--networks", "0"], "--networks: needs at least 500, got 0"),
-        (["--out", "new", "--resamples", "1"], "--resamples: needs at least 2"),
+        (["--out", "new", "--resamples", "1"], "--resamples: needs at least 200, got 1"),
         (["--out", "taken"], "is there already"),
         (["--out", "file"], "is there already"),
         (["--out", "file/below"], "cannot be made"),

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from stability_probe.plots import checkpoint as figures
 from stability_probe.plots import tables
 from stability_probe.plots.figures import BOUND, MEASURED
-from tests.oracles.evidence import altered, checkpoint, relabelled, without
+from stability_probe.verify import Evidence
+from tests.oracles.evidence import altered, checkpoint, relabelled, sampled, without
 
 FIGURES = {
     "plot_hierarchy": tables.hierarchy,
@@ -111,6 +112,17 @@ def test_counterfactual_is_relative_to_the_network_itself():
     assert tables.counterfactual(without(checkpoint(), "counterfactual_energy")).empty
 
 
+def test_counterfactual_shows_the_level_that_a_line_fits_worst():
+    """Of five levels the first, the middle and the last are drawn, and level 3, which is bent."""
+    evidence = checkpoint(kappa=(1.0,) * 5, noise=0)
+    assert set(tables.counterfactual(evidence).level) == {0, 2, 4}
+    frame = evidence.frame.copy()
+    bent = (frame.metric == "counterfactual_energy") & (frame.level == 3) & (frame.site == "s=0.5")
+    frame.loc[bent, "value"] *= 3
+    bent_one = Evidence(evidence.name, frame, evidence.info)
+    assert set(tables.counterfactual(bent_one).level) == {0, 2, 3, 4}
+
+
 def test_energies_lie_in_their_band():
     table = tables.energies(checkpoint())
     assert len(table) == 3 * 3 * 40
@@ -123,3 +135,23 @@ def test_a_band_that_could_not_be_fitted():
     broken = altered(checkpoint(), "sample_energy", "h", 0.0, stat="s3")
     assert tables.energies(broken).lower.isna().all()
     draw("plot_energies", broken)
+
+
+def test_blame_has_a_place_for_the_middle():
+    bare = checkpoint()
+    shares = [
+        sampled("path_share", site, np.full((3, len(values), 40), 1 / 3), first_level=first)
+        for site, values, first in (("skip", (1, 2), 1), ("mid", (0,), 0))
+    ]
+    read = [
+        sampled("sample_energy", site, np.ones((3, 2, 40)), first_level=1) for site in ("ku", "z")
+    ]
+    frame = pd.concat([bare.frame, *shares, *read])
+    evidence = Evidence(bare.name, frame, bare.info)
+    table = tables.blame(evidence)
+    at = table[(table.noise_level == table.noise_level.iloc[0]) & (table.share == "bound")]
+    assert list(at.level) == [1, 2, 3]
+    assert at.value.sum() == pytest.approx(1)
+    assert set(table[table.share == "energy"].level) == {1, 2}
+    ax = figures.plot_blame(table).axes[0]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "2", "mid"]

@@ -1,5 +1,7 @@
 """The search for κ by itself, on curves in the place of networks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -97,8 +99,25 @@ class TestTowards:
         assert found.multipliers[0] == 1.0
         assert exact - 2**-HALVINGS <= found.multipliers[1] <= exact
         assert found.multipliers[1] == found.multipliers[2]
-        assert found.rounds <= 1 + HALVINGS
+        assert found.rounds == 1 + HALVINGS
         assert search.change(found.multipliers) < search.change(known.multipliers)
+
+    @pytest.mark.parametrize(("room", "searched"), [(0.9, True), (0.99, False)])
+    def test_the_line_is_searched_where_there_is_room(self, room, searched):
+        search = TestSearch().search(0.7, lambda v: v)
+        whole, unmet = self.known(search, [0.3] * 3), self.known(search, [1.0] * 3)
+        near = replace(whole, largest=room * search.limit, rounds=4, highest=9.0)
+        found = search.nearer(near, replace(unmet, met=False))
+        assert (search.change(found.multipliers) < search.change([0.3] * 3)) == searched
+        assert found.rounds == 4 + searched * HALVINGS and found.highest == 9.0
+
+    def test_cs_is_taken_where_it_needs_the_smaller_change(self):
+        search = TestSearch().search(0.9, lambda v: v)
+        best, cs = self.known(search, [0.0] * 3), self.known(search, [1.0, 0.5, 0.25])
+        full = replace(best, largest=search.limit, rounds=2, highest=7.0)
+        found = search.nearer(full, cs)
+        assert found.met and found.multipliers[0] == 1.0 and min(found.multipliers[1:]) > 0.25
+        assert found.rounds == 2 + HALVINGS and found.highest == 7.0
 
     def test_where_nothing_nearer_meets_it_what_is_known_stays(self):
         search = TestSearch().search(0.5, lambda v: v)

@@ -6,6 +6,7 @@ from scipy.special import erfc
 from stability_probe.runs.concentration import simulated_energies
 from stability_probe.theory import feature_energy_law
 from stability_probe.verify.concentration import (
+    Decays,
     concentration_verdict,
     coverage_table,
     depth_verdict,
@@ -32,7 +33,7 @@ def networks(depths=(1,), count=4000, kappa=1.0, seed=0):
 
 
 def verdicts(cells, rhos=RHOS):
-    decays = fit_decays(coverage_table(cells, rhos), resamples=30)
+    decays = fit_decays(coverage_table(cells, rhos), resamples=130)
     return concentration_verdict(decays, "r"), depth_verdict(decays, "r")
 
 
@@ -149,6 +150,24 @@ class TestVerdict:
         assert depth.status == "VIOLATED"
         assert -0.9 < depth.interval[0] < depth.interval[1] < -0.5
         assert "changes with depth" in depth.advice
+
+    def test_chance_is_divided_among_depths_and_their_two_tests(self):
+        """An exponent surely below 0.75 in 97.5 % of resamples: enough for one N, not for four."""
+        low, high = np.full(190, 0.6), np.full(10, 0.8)
+        drawn = np.concatenate([[0.65], low[:-4], high[:4]])  # 2 % above
+        sure = np.full(len(drawn), 1.0)
+        for k, status in ((1, "VIOLATED"), (4, "INCONCLUSIVE")):
+            exponent = np.stack([drawn, *[sure] * (k - 1)], axis=1)
+            ones = np.ones_like(exponent)
+            decays = Decays(tuple(range(1, k + 1)), ones, ones, exponent, ones[0], (100,) * k)
+            verdict = concentration_verdict(decays, "r")
+            assert (verdict.status, verdict.confidence) == (status, 1 - 0.05 / k)
+
+    def test_few_resamples_show_no_interval(self):
+        decays = fit_decays(coverage_table(networks(), RHOS), resamples=39)
+        verdict = concentration_verdict(decays, "r")
+        assert verdict.status == "INCONCLUSIVE"
+        assert "39 resamples cannot show an interval of 95.0%; 40 can" in verdict.advice
 
     def test_a_chain_of_blocks_of_fixed_length_is_free_of_depth(self):
         one = networks(count=10_000)

@@ -59,12 +59,12 @@ def at(block, level, factor):
 
 @pytest.mark.parametrize("merge", ["add", "concat"])
 def test_the_law_without_noise(merge):
-    evidence = networks(20, noise=0, merge=merge)
+    evidence = networks(50, noise=0, merge=merge)
     law, measured = gradient_law_table(evidence)
-    assert law.shape == (6, 20)
+    assert law.shape == (6, 50)
     np.testing.assert_allclose(measured, law, rtol=1e-9)
     verdict = gradient_law_verdict(evidence)
-    assert (verdict.theorem, verdict.status, verdict.n) == ("3.3", "HOLDS", 20)
+    assert (verdict.theorem, verdict.status, verdict.n) == ("3.3", "HOLDS", 50)
     assert verdict.estimate == pytest.approx(1)
     assert verdict.slack == pytest.approx(1)
     assert verdict.confidence == pytest.approx(1 - 0.05 / 6)
@@ -97,7 +97,7 @@ def test_one_block_decides(factor, status):
 
 
 def test_too_few_networks_to_tell():
-    verdict = gradient_law_verdict(networks(25, noise=0.5))
+    verdict = gradient_law_verdict(networks(50, noise=0.8))
     assert verdict.status == "INCONCLUSIVE"
     assert "too few networks to tell; record " in verdict.advice
 
@@ -142,10 +142,10 @@ def test_the_naive_law_is_named_for_unit_gains():
 @pytest.mark.parametrize(
     ("evidence", "why"),
     [
-        (networks(19), "too few networks: 19 have recorded gradients, 20 are needed"),
+        (networks(49), "too few networks: 49 have recorded gradients, 50 are needed"),
         (without(networks(), "sample_grad_energy"), "too few networks: 0 have"),
         (relabelled(networks(), config={}), "does not say m and merge"),
-        (networks(20, m=16), "networks too narrow .* m must be 43"),
+        (networks(50, m=16), "networks too narrow .* m must be 43"),
     ],
 )
 def test_records_that_cannot_be_tested(evidence, why):
@@ -167,7 +167,7 @@ class TestRealNetworks:
 
         @cache
         def record(*schemes, **setting):
-            config = EnsembleConfig(networks=40, m=128, n_skips=3, samples=4, **setting)
+            config = EnsembleConfig(networks=50, m=128, n_skips=3, samples=4, **setting)
             runs = record_ensemble(config, schemes, tmp_path_factory.mktemp("ensemble"))
             return [Evidence.of(run) for run in runs]
 

@@ -100,7 +100,7 @@ class TestVerdict:
         """σ_max(J) bounds their limit alone."""
         verdict = robustness_verdict(chain(secant=one_of(1, 4.1)))
         assert (verdict.status, verdict.estimate) == ("INCONCLUSIVE", 1.0)
-        assert "at 1 points the network bends within the smallest ε_δ" in verdict.advice
+        assert "at 1 points a secant of the smallest ε_δ is above σ_max(J)" in verdict.advice
 
     @pytest.mark.parametrize("within", [{"secant": 4.03}, {"exact": 9.0008}])
     def test_estimation_errors_are_allowed_for(self, within):

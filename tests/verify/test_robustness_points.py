@@ -54,9 +54,7 @@ def measured(name, scheme, seed, t, dtype, config=None):
     x = torch.randn(SAMPLES, *shape, generator=generator).to(dtype)
     batch = ProbeBatch((x, torch.full((SAMPLES,), t)), sensitive=SAMPLES)
     skips = find_skips(net, *batch.head(1).args)
-    config = config or SensitivityConfig(
-        paths=True, epsilons=(STEP[dtype], 10 * STEP[dtype]), directions=2
-    )
+    config = config or SensitivityConfig(paths=True, epsilons=(STEP[dtype],), directions=2)
     with scale_skips(net, skips, parse_scaling(scheme)) as scaled:
         found = SensitivityProbe(net, skips, {}, batch, config, seed).measure()
         kappa = scaled.kappa
