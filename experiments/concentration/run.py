@@ -17,14 +17,8 @@ import pandas as pd
 from stability_probe.plots.concentration import plot_concentration
 from stability_probe.runs.concentration import simulated_energies
 from stability_probe.theory import feature_energy_law, log_energy_variance
-from stability_probe.verify.concentration import (
-    Decays,
-    concentration_verdict,
-    coverage_table,
-    depth_verdict,
-    fit_decays,
-    slopes_by_rho,
-)
+from stability_probe.verify.concentration import concentration_verdict, depth_verdict
+from stability_probe.verify.decays import Decays, coverage_table, fit_decays, slopes_by_rho
 from stability_probe.verify.verdict import Verdict
 
 WIDTHS = (32, 64, 128, 256, 512, 1024)

@@ -46,7 +46,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     The columns: run, measured value, bound, slack = bound / measured, the statistic that the
     verdict rests on with its interval and that one's level, number of independent units, verdict.
     """
-    console = _console()
+    console = out()
     header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [interval] level"}
     console.print(_table([[Text(text, style="bold") for text in header.values()]]))
     for (theorem, claim), group in groupby(verdicts, key=lambda v: (v.theorem, v.claim)):
@@ -60,7 +60,7 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 
 def _row(v: Verdict) -> list[Text]:
-    numbers = [_number(x) for x in (v.measured, v.bound, v.slack)]
+    numbers = [number(x) for x in (v.measured, v.bound, v.slack)]
     cells = [Text(text) for text in (v.run, *numbers, _rests_on(v), str(v.n))]
     return [*cells, Text(v.status, style=_COLOURS[v.status])]
 
@@ -81,17 +81,15 @@ def print_skips(skips: Sequence[SkipConnection]) -> None:
     if not skips:
         print("no long skips (N = 0)")
         return
-    console = _console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("level", "source", "sink", "merge", "shape", "κ as found"):
-        table.add_column(name, justify="right" if name == "level" else "left", no_wrap=True)
+    names = ("level", "source", "sink", "merge", "shape", "κ as found")
+    table = plain_table(names, left=names[1:])
     for s in skips:
         kappa = "changed on its way" if s.kappa is None else f"{s.kappa:.4g}"
         shape = "×".join(map(str, s.shape))
         table.add_row(
             str(s.level), s.source or "(input)", s.sink or "(model)", s.merge, shape, kappa
         )
-    console.print(table, soft_wrap=True)
+    out().print(table, soft_wrap=True)
 
 
 def print_sensitivity(rows: Sequence[Mapping[str, Any]], levels: Sequence[float] | None) -> None:
@@ -130,14 +128,12 @@ def _print_numbers(
     levels: Sequence[float] | None,
 ) -> None:
     """A table of numbers, a row a noise level; nothing if they were not measured."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (["t"] if levels else []) + list(names):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = plain_table([*(["t"] if levels else []), *names])
     for k, row in enumerate(rows):
         if row is None:
             return
-        table.add_row(*([f"{levels[k]:g}"] if levels else []), *map(_number, row))
-    console = _console()
+        table.add_row(*([f"{levels[k]:g}"] if levels else []), *map(number, row))
+    console = out()
     console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
 
@@ -147,7 +143,8 @@ def note(text: str) -> None:
     print(f"note: {' '.join(text.split())}", file=sys.stderr)
 
 
-def _console() -> Console:
+def out() -> Console:
+    """Standard output."""
     return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
 
 
@@ -166,15 +163,24 @@ def progress() -> Iterator[Progress]:
         yield display
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def plain_table(names: Iterable[str], left: Sequence[str] = ()) -> Table:
+    """A table without lines; columns are flush right but for those named in `left`."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with so many digits, or a dash for none."""
+    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def _rests_on(verdict: Verdict) -> str:
     if verdict.estimate is None:
         return "–"
     if verdict.interval is None:
-        return f"{verdict.statistic}: {_number(verdict.estimate)}"
+        return f"{verdict.statistic}: {number(verdict.estimate)}"
     low, high = verdict.interval
     level = "" if verdict.confidence is None else f" {100 * verdict.confidence:.4g} %"
-    return f"{verdict.statistic}: {_number(verdict.estimate)} [{low:.3g}, {high:.3g}]{level}"
+    return f"{verdict.statistic}: {number(verdict.estimate)} [{low:.3g}, {high:.3g}]{level}"

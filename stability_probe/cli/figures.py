@@ -1,6 +1,7 @@
 """Writing figures to files."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,13 +23,14 @@ def save_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
     figures = all_figures(gather(runs))
     if not figures:
         raise StabilityProbeError("plot: the runs hold no records to draw")
-    files: list[Path] = []
+    files, taken = [], Counter[str]()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             plain = _FORBIDDEN.sub("-", name)
-            same = sum(_FORBIDDEN.sub("-", other) == plain for other in list(figures)[: len(files)])
-            files.append(folder / f"{plain}{f'-{same + 1}' if same else ''}.png")
+            taken[plain] += 1
+            number = f"-{taken[plain]}" if taken[plain] > 1 else ""
+            files.append(folder / f"{plain}{number}.png")
             figure.savefig(files[-1], bbox_inches="tight", dpi=130)
     except OSError as problem:
         raise StabilityProbeError(f"{folder}: cannot be written ({problem.strerror})") from problem

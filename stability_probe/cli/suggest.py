@@ -1,14 +1,12 @@
 """`suggest`: the κ that meets a budget of sensitivity or feature energy at the least change."""
 
 import shlex
-import sys
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from stability_probe.cli.console import PIPE_WIDTH, progress
+from stability_probe.cli.console import number, out, plain_table, progress
 from stability_probe.cli.options import SubjectOptions
 from stability_probe.cli.points import PointOptions, measurable, prepare
 from stability_probe.cli.subject import Subject
@@ -123,7 +121,7 @@ def run_suggest(what: SubjectOptions, how: PointOptions, budget: str, of: str) -
 def print_suggestion(result: Suggested) -> None:
     """Print κ by level, the values before and after, and how to apply the suggestion."""
     found = result.found
-    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = out()
     console.print(_kappa_table(result))
     print()
     console.print(_value_table(found))
@@ -162,34 +160,28 @@ def _held(found: Suggestion) -> str:
 
 def _kappa_table(result: Suggested) -> Table:
     found = result.found
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("level", "source", "κ as found", "κ suggested", "κ of CS"):
-        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+    names = ("level", "source", "κ as found", "κ suggested", "κ of CS")
+    table = plain_table(names, left=("source",))
     cs = found.cs.kappa if found.cs.met else [None] * len(found.kappa)
     for s, *kappa in zip(result.subject.skips, found.kappa, found.best.kappa, cs, strict=True):
-        table.add_row(str(s.level), s.source or "(input)", *map(_number, kappa))
+        table.add_row(str(s.level), s.source or "(input)", *(number(k, 4) for k in kappa))
     return table
 
 
 def _value_table(found: Suggestion) -> Table:
     """The largest values over samples and noise levels; those of CS where it meets the budget."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("largest", "as found", "suggested", "CS", "budget"):
-        table.add_column(name, justify="left" if name == "largest" else "right", no_wrap=True)
+    names = ("largest", "as found", "suggested", "CS", "budget")
+    table = plain_table(names, left=("largest",))
     held = _held(found)
     for key, before in found.before.items():
         cs = found.cs.measured[key] if found.cs.met else None
         budget = f"{found.budget:.4g}" if key == held else ""
         row = (before, found.best.measured[key], cs)
-        table.add_row(_NAMES[key], *map(_number, row), budget)
+        table.add_row(_NAMES[key], *(number(v, 4) for v in row), budget)
     both = (found.best, found.cs)
     table.add_row("rounds", "", *(str(c.rounds) for c in both), "")
     table.add_row("budget met", "", *("yes" if c.met else "no" for c in both), "")
     return table
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
 
 
 def _print_use(result: Suggested) -> None:

@@ -13,10 +13,10 @@ def plot_concentration(table: pd.DataFrame, slopes: pd.DataFrame, by_rho: pd.Dat
     """Share of networks outside the band against mρ², and the slope c against ρ and against N.
 
     Args:
-        table: from `verify.concentration.coverage_table`.
-        slopes: from `verify.concentration.Decays.frame`, for both sides and all levels, with a
+        table: from `verify.decays.coverage_table`.
+        slopes: from `verify.decays.Decays.frame`, for both sides and all levels, with a
             column `derived`: the slope for small ρ that the variance of log-energies gives.
-        by_rho: from `verify.concentration.slopes_by_rho`, with columns `side` and `relative`, the
+        by_rho: from `verify.decays.slopes_by_rho`, with columns `side` and `relative`, the
             slope over the derived one.
     """
     figure, axes = grid(1, 3, size=(4.0, 3.8))

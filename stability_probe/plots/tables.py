@@ -249,11 +249,10 @@ def counterfactual(run: Evidence) -> pd.DataFrame:
     if not len(found.factors):
         return pd.DataFrame()
     fed = [i for i in range(found.signal.shape[1]) if found.signal[:, i].any()]
-    _, residual, total = (values.sum(axis=2) for values in found.fits())
-    worst = (residual / np.where(total > 0, total, 1.0)).max(axis=0)
-    shown = sorted(
-        {fed[0], fed[len(fed) // 2], fed[-1], max(fed, key=worst.__getitem__)} if fed else ()
-    )
+    if not fed:
+        return pd.DataFrame()
+    worst = max(fed, key=np.nan_to_num(found.unexplained()).max(axis=0).__getitem__)
+    shown = sorted({fed[0], fed[len(fed) // 2], fed[-1], worst})
     signal = found.signal / np.where(found.signal[-1] > 0, found.signal[-1], 1.0)
     energy = found.energy / found.energy[-1].mean(axis=2, keepdims=True)
     frames = [
@@ -261,7 +260,7 @@ def counterfactual(run: Evidence) -> pd.DataFrame:
         for i in shown
         for k in range(len(found.factors))
     ]
-    return pd.concat(frames).rename(columns={"value": "energy"}) if frames else pd.DataFrame()
+    return pd.concat(frames).rename(columns={"value": "energy"})
 
 
 def energies(run: Evidence) -> pd.DataFrame:

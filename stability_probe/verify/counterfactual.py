@@ -60,6 +60,12 @@ class Counterfactual:
             slope = (dx * dy).sum(0) / (dx**2).sum(0)
         return slope, ((dy - slope * dx) ** 2).sum(0), (dy**2).sum(0)
 
+    def unexplained(self) -> np.ndarray:
+        """1 − R² pooled over samples, (steps, levels); NaN where nothing varies with s."""
+        _, residual, total = self.fits()
+        with np.errstate(invalid="ignore"):
+            return np.asarray(residual.sum(axis=2) / total.sum(axis=2))
+
 
 def counterfactual_verdict(run: Evidence, alpha: float = ALPHA) -> Verdict:
     """R² and slope of ‖h_i‖²/‖x_t‖² on Σ(sκ_j)², at the level and noise level where R² is smallest.
@@ -87,8 +93,8 @@ def counterfactual_verdict(run: Evidence, alpha: float = ALPHA) -> Verdict:
         advice = "some ‖h_i‖² does not change with κ at all: skips lead past it"
         return Verdict.undecided("3.1", run.name, claim, advice, n=n, unmet=True)
     places = [(int(step), int(level)) for step, level in np.argwhere(fed)]
+    explained = 1 - found.unexplained()[fed]
     slope, residual, total = slope[fed], residual[fed], total[fed]  # (places, samples)
-    explained = 1 - residual.sum(axis=1) / total.sum(axis=1)
     worst, flattest = int(explained.argmin()), int(slope.mean(axis=1).argmin())
     tested = 2 * len(places)
     share = least_mean_interval(1 - ratio_units(residual, total), alpha, tested)

@@ -121,6 +121,12 @@ class Chain:
         return np.asarray(self.secant > self.upper.exact * allowed)
 
     @property
+    def unsettled(self) -> np.ndarray:
+        """Where σ_max(J) is not known as closely as `TOLERANCE`."""
+        allowed = (1 + TOLERANCE) * (1 + self.rounding)
+        return np.asarray(self.upper.exact > self.exact * allowed)
+
+    @property
     def ordered(self) -> np.ndarray:
         """Where no lower bound of a norm is above the upper bound of a larger one."""
         ordered = np.ones(self.exact.shape, bool)
@@ -135,23 +141,17 @@ def robustness_chain(run: Evidence) -> Chain | None:
     if not run.samples("sigma_max", "J").size:
         return None
     sites = run.frame[run.frame.metric == "secant"].site.unique()
-    size_of = {site: float(site.removeprefix("eps=")) for site in sites}
-    smallest = min(sites, key=size_of.__getitem__)
+    smallest = min(sites, key=lambda site: float(site.removeprefix("eps=")))
+    random, worst = (run.samples(metric, smallest) for metric in ("secant", "secant_worst"))
     lower, gap = Norms.of(run, upper=False), run.samples("path_gap", "J")
     return Chain(
-        secant=_largest_secant(run, smallest),
-        random=run.samples("secant", smallest)[:, 0],
+        secant=(np.maximum(random, worst) if worst.size else random)[:, 0],
+        random=random[:, 0],
         lower=lower,
         upper=Norms.of(run, upper=True),
         gap=gap[:, 0] if gap.size else np.zeros_like(lower.exact),
         rounding=ROUNDING[run.info.get("dtype", "float32")],
     )
-
-
-def _largest_secant(run: Evidence, site: str) -> np.ndarray:
-    """The largest secant of a size, over random directions and, where measured, the worst."""
-    random, worst = (run.samples(metric, site) for metric in ("secant", "secant_worst"))
-    return (np.maximum(random, worst) if worst.size else random)[:, 0]
 
 
 def _skip_gains(run: Evidence, whole: np.ndarray, samples: int) -> np.ndarray:
@@ -189,35 +189,8 @@ def robustness_verdict(run: Evidence) -> Verdict:
     share = float(ordered.mean())
     slack = chain.upper.paper / chain.exact
     typical = int(np.argsort(slack.ravel())[slack.size // 2])
-    blockwise = float(np.median(chain.upper.blockwise / chain.exact))
-    secant = float(np.median(chain.exact / chain.random))
-    note = (
-        f"slack {slack.min():.3g} at the tightest point, {blockwise:.3g} block by block (median); "
-        f"σ_max(J) is {secant:.2g} times the largest random secant"
-    )
-    if chain.upper.pathwise is not None and chain.upper.paths is not None:
-        pathwise = float(np.median(chain.upper.pathwise / chain.exact))
-        level = int(chain.upper.paths.mean(axis=(1, 2)).argmax()) + 1
-        note += f"; path by path {pathwise:.3g} (median), most of it through skip {level}"
-    unsettled = int(
-        (chain.upper.exact > (1 + TOLERANCE) * (1 + chain.rounding) * chain.exact).sum()
-    )
-    if unsettled:
-        note += f"; σ_max(J) did not settle at {unsettled} points: raise max_products"
-    bent = int(chain.exceeding.sum())
-    if bent:
-        note += (
-            f"; at {bent} points a secant of the smallest ε_δ is above σ_max(J): the network bends "
-            "within ε_δ, or rounding is as large as what ε_δ changes; try another ε"
-        )
-    status: Status = "INCONCLUSIVE" if unsettled or bent else "HOLDS"
-    if run.input_dependent:
-        note += (
-            "; κ is the norm of the whole skip, how it changes with the input included"
-            if run.samples("lipschitz", "skip").size
-            else "; κ is the measured gain: the theorem leaves out how gates change with the input"
-        )
-    note += _gates(run)
+    doubtful = chain.unsettled.any() or chain.exceeding.any()
+    status: Status = "INCONCLUSIVE" if doubtful else "HOLDS"
     return Verdict(
         "3.4",
         run.name,
@@ -230,20 +203,62 @@ def robustness_verdict(run: Evidence) -> Verdict:
         interval=share_interval(share, n),
         confidence=0.95,
         n=n,
-        advice=note,
+        advice="; ".join([*_tightness(chain), *_doubts(chain), *_gates(run)]),
     )
 
 
-def _gates(run: Evidence) -> str:
-    """What learned gates add that the theorem leaves out, where it was measured."""
+def _tightness(chain: Chain) -> list[str]:
+    """How far the bounds are above σ_max(J), in words."""
+    slack, blockwise, secant = (
+        above / below
+        for above, below in (
+            (chain.upper.paper, chain.exact),
+            (chain.upper.blockwise, chain.exact),
+            (chain.exact, chain.random),
+        )
+    )
+    said = [
+        f"slack {slack.min():.3g} at the tightest point, {np.median(blockwise):.3g} block by block "
+        "(median)",
+        f"σ_max(J) is {np.median(secant):.2g} times the largest random secant",
+    ]
+    if chain.upper.pathwise is not None and chain.upper.paths is not None:
+        pathwise = np.median(chain.upper.pathwise / chain.exact)
+        level = int(chain.upper.paths.mean(axis=(1, 2)).argmax()) + 1
+        said.append(f"path by path {pathwise:.3g} (median), most of it through skip {level}")
+    return said
+
+
+def _doubts(chain: Chain) -> list[str]:
+    """Where nothing can be said, in words."""
+    said, unsettled, above = [], int(chain.unsettled.sum()), int(chain.exceeding.sum())
+    if unsettled:
+        said.append(f"σ_max(J) did not settle at {unsettled} points: raise max_products")
+    if above:
+        said.append(
+            f"at {above} points a secant of the smallest ε_δ is above σ_max(J): the network bends "
+            "within ε_δ, or rounding is as large as what ε_δ changes; try another ε"
+        )
+    return said
+
+
+def _gates(run: Evidence) -> list[str]:
+    """What gates that look at the input do to κ, in words."""
+    said = []
+    if run.input_dependent:
+        said.append(
+            "κ is the norm of the whole skip, how it changes with the input included"
+            if run.samples("lipschitz", "skip").size
+            else "κ is the measured gain: the theorem leaves out how gates change with the input"
+        )
     term, bound = run.samples("gate_term_upper", "skip"), run.samples("gate_bound", "skip")
-    if not term.size:
-        return ""
-    level = int(term.max(axis=(0, 2)).argmax()) + 1
-    return (
-        f"; gates change with the input by ‖u∂κ/∂x‖ ≤ {term.max():.3g} (skip {level}), "
-        f"‖u‖‖∂κ/∂x‖ ≤ {bound.max():.3g}, which the theorem leaves out"
-    )
+    if term.size:
+        level = int(term.max(axis=(0, 2)).argmax()) + 1
+        said.append(
+            f"gates change with the input by ‖u∂κ/∂x‖ ≤ {term.max():.3g} (skip {level}), "
+            f"‖u‖‖∂κ/∂x‖ ≤ {bound.max():.3g}, which the theorem leaves out"
+        )
+    return said
 
 
 def sensitivity_table(run: Evidence) -> list[dict[str, Any]]:

@@ -25,8 +25,9 @@ from scipy import special, stats
 
 from stability_probe.runs import Run
 from stability_probe.verify import Evidence, Verdict, verify
-from stability_probe.verify.concentration import SLOWEST, concentration_verdict, fit_decays
+from stability_probe.verify.concentration import SLOWEST, concentration_verdict
 from stability_probe.verify.counterfactual import LINEAR, counterfactual_verdict
+from stability_probe.verify.decays import fit_decays
 from stability_probe.verify.feature_band import REQUIRED, WIDEST, feature_band_verdict
 from stability_probe.verify.feature_law import feature_law_verdict
 from stability_probe.verify.gradient_law import (

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from stability_probe.plots.concentration import plot_concentration
 from stability_probe.plots.figures import BOUND
-from stability_probe.verify.concentration import coverage_table, fit_decays, slopes_by_rho
+from stability_probe.verify.decays import coverage_table, fit_decays, slopes_by_rho
 
 RHOS = (0.1, 0.2, 0.3, 0.5)
 
