@@ -1,80 +1,152 @@
 """Energies of parameters, of their gradients, and of their updates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stability_probe.probes.records import Key
+from stability_probe.errors import StabilityProbeError
+from stability_probe.probes.records import Column, Key, Layout
 from stability_probe.probes.summaries import Numbers
 from stability_probe.skips import Block
+
+SKIPPED = Key("skipped", "optimizer", 0, "value")
+_NOTHING = Layout([])
 
 
 class ParameterProbe:
     """Reads the parameters of a model once a step, in a few fused operations.
 
     A parameter without a gradient counts as having gradient 0: the loss does not depend on it.
-    Frozen parameters (`requires_grad` is false) are left out.
+    Frozen parameters (`requires_grad` is false) are left out. Of a parameter that is sharded over
+    processes each reads its own part, and the energies add up.
 
     Args:
         model: the model.
         blocks: the block of every parameter by name.
         updates: also measure ‖Δθ‖/‖θ‖ per kind of block, at the cost of a copy of the parameters.
+
+    Raises:
+        StabilityProbeError: if a parameter is spread over processes in another way.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, Block], updates: bool) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._parameters: list[Tensor] = [p for _, p in named]
-        self._blocks = [blocks[name] for name, _ in named]
-        sites = [
-            (f"{b.kind}/{name}", b.level) for (name, _), b in zip(named, self._blocks, strict=True)
-        ]
-        self._keys = [
-            Key(metric, site, level, "value")
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = list(named.values())
+        local = [_local(p).detach() for p in self._parameters]
+        self._zero = torch.zeros(()) if not local else local[0].new_zeros((), dtype=_widest(local))
+        self._shares = self._zero.new_tensor([_share(name, p) for name, p in named.items()])
+        self._kinds = list(dict.fromkeys(blocks[name] for name in named))
+        kinds = [self._kinds.index(blocks[name]) for name in named]
+        self._kind_of = torch.tensor(kinds, device=self._zero.device)
+        self._before = [p.clone() for p in local] if updates else []
+        joins: list[Literal["sum", "same"]]
+        joins = ["sum" if _is_sharded(p) else "same" for p in self._parameters]
+        columns = [
+            Column(Key(metric, f"{blocks[name].kind}/{name}", blocks[name].level, "value"), join)
             for metric in ("grad_energy", "param_energy")
-            for site, level in sites
+            for name, join in zip(named, joins, strict=True)
         ]
-        self._before = [p.detach().clone() for p in self._parameters] if updates else []
+        columns.append(Column(SKIPPED, "max"))
+        if updates:
+            columns += self._update_columns(len(columns), "sum" if "sum" in joins else "same")
+        self._scaled = Layout(columns)
+        self._unscaled = Layout([c if c.key != SKIPPED else Column(None, "max") for c in columns])
 
     @torch.no_grad()
-    def read(self, grad_scale: float) -> Numbers:
+    def read(self, grad_scale: float | Tensor | None) -> Numbers:
         """The energies now.
 
         Args:
-            grad_scale: what the loss was multiplied by before the backward pass.
+            grad_scale: what a GradScaler has multiplied the gradients by, as they are now: 1 if
+                they have been unscaled since. `None` if there is no GradScaler.
 
         Returns:
-            Keys, and as many numbers, on the device.
+            What the numbers are, and the numbers, on the device.
         """
         if not self._parameters:
-            return [], torch.empty(0)
-        zero = torch.zeros((), device=self._parameters[0].device)
-        norms = iter(_norms([p.grad for p in self._parameters if p.grad is not None]))
-        grads = [zero if p.grad is None else next(norms) for p in self._parameters]
-        params = _norms(self._parameters)
-        energies = [torch.stack(grads).square() * grad_scale**-2, torch.stack(params).square()]
-        keys, updates = self._read_updates()
-        return [*self._keys, *keys], torch.cat([*energies, updates])
+            return _NOTHING, torch.empty(0)
+        params = [_local(p).detach() for p in self._parameters]
+        grads = [None if p.grad is None else _dense(_local(p.grad)) for p in self._parameters]
+        norms = self._norms([*(g for g in grads if g is not None), *params])
+        found = iter(norms)
+        slopes = [self._zero if g is None else next(found) for g in grads]
+        table = torch.stack([*slopes, *norms[-len(params) :]]).view(2, -1)
+        skipped = (~table[0].sum().isfinite()).to(table.dtype)
+        if grad_scale is not None:
+            table[0] /= grad_scale
+        energies = table.square() * self._shares
+        numbers = [energies.view(-1), skipped.view(1)]
+        if self._before:
+            moves = torch.stack(self._norms(list(torch._foreach_sub(params, self._before))))
+            torch._foreach_copy_(self._before, params)
+            numbers += [self._by_kind(moves.square() * self._shares), self._by_kind(energies[1])]
+        return self._unscaled if grad_scale is None else self._scaled, torch.cat(numbers)
 
-    def _read_updates(self) -> Numbers:
-        if not self._before:
-            return [], torch.empty(0, device=self._parameters[0].device)
-        moved = _norms(list(torch._foreach_sub(self._parameters, self._before)))
-        sizes = _norms(self._parameters)
-        torch._foreach_copy_(self._before, self._parameters)
-        keys, values = [], []
-        for block in dict.fromkeys(self._blocks):
-            mine = [i for i, b in enumerate(self._blocks) if b == block]
-            step = torch.stack([moved[i] for i in mine]).square().sum()
-            size = torch.stack([sizes[i] for i in mine]).square().sum()
-            keys.append(Key("update_ratio", block.kind, block.level, "value"))
-            values.append((step / size).sqrt())
-        return keys, torch.stack(values)
+    def state_dict(self) -> list[Tensor]:
+        """The parameters as they were at the last reading, where updates are measured."""
+        return [p.cpu() for p in self._before]
+
+    def load_state_dict(self, state: Sequence[Tensor]) -> None:
+        """Measure the next updates from there."""
+        for p, value in zip(self._before, state, strict=True):
+            p.copy_(value)
+
+    def _norms(self, tensors: list[Tensor]) -> list[Tensor]:
+        """‖·‖ of every tensor, in one fused operation, in float32 at least."""
+        return list(torch._foreach_norm(tensors, 2, dtype=self._zero.dtype))
+
+    def _by_kind(self, energies: Tensor) -> Tensor:
+        """Sums over the parameters of each kind of block."""
+        return energies.new_zeros(len(self._kinds)).index_add_(0, self._kind_of, energies)
+
+    def _update_columns(self, first: int, join: Literal["sum", "same"]) -> list[Column]:
+        """Squared moves of each kind of block, then the squared sizes that they are relative to."""
+        n = len(self._kinds)
+        moves = [
+            Column(Key("update_ratio", b.kind, b.level, "value"), join, first + n + i, "root")
+            for i, b in enumerate(self._kinds)
+        ]
+        return [*moves, *[Column(None, join)] * n]
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    """‖·‖ of every tensor, in one fused operation, accumulated and returned in float32 at least."""
-    if not tensors:
-        return []
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The type that norms of these tensors are taken in."""
+    double = any(t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """The entries of a gradient; a sparse one (of an embedding) has zeros elsewhere."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it (a DTensor, as `fully_shard` makes them)."""
+    return hasattr(tensor, "to_local")
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a tensor."""
+    local: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
+    return local
+
+
+def _share(name: str, parameter: Any) -> float:
+    """What this process's part counts where those of all are added up: less if others hold it too.
+
+    Raises:
+        StabilityProbeError: if the parts do not add up.
+    """
+    share = 1.0
+    if _is_sharded(parameter):
+        for dim, placement in enumerate(parameter.placements):
+            if placement.is_replicate():
+                share /= parameter.device_mesh.size(dim)
+            elif not placement.is_shard():
+                raise StabilityProbeError(
+                    f"StabilityProbe: parameter {name} is placed as {placement} over the "
+                    "processes; parameters that are sharded or replicated can be recorded"
+                )
+    return share

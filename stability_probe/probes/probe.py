@@ -1,8 +1,8 @@
 """`StabilityProbe`: one recorder for features, gradients and sensitivity."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -13,13 +13,17 @@ from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.batch import ProbeBatch
-from stability_probe.probes.features import FeatureProbe
+from stability_probe.probes.buffer import Outgoing, RecordBuffer
+from stability_probe.probes.features import FeatureProbe, untraced
 from stability_probe.probes.gradients import ParameterProbe
-from stability_probe.probes.records import Key, RecordBuffer, RunFolder, empty_frame
+from stability_probe.probes.ranks import Ranks
+from stability_probe.probes.records import Key, RunFolder, as_frame
+from stability_probe.probes.refusals import refuse_unfit
 from stability_probe.probes.sensitivity import SensitivityConfig, SensitivityProbe
+from stability_probe.probes.store import Store
 from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.skips import Block, SkipConnection, parameter_blocks
-from stability_probe.skips.taps import bound_arguments
+from stability_probe.skips.taps import bound_arguments, eagerly, unwrapped
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class ProbeConfig:
         noise_bins: number of noise-level bins of equal width.
         noise_levels: the noise levels run from 0 to this (exclusive).
         flush_every: recorded steps that are kept on the device before they are stored.
+        timeout: seconds that a flush waits for the other processes of a distributed training.
         sensitivity: how the scheduled measurements are taken.
 
     Raises:
@@ -41,10 +46,11 @@ class ProbeConfig:
     noise_bins: int = 4
     noise_levels: float = 1000.0
     flush_every: int = 50
+    timeout: float = 300.0
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
 
     def __post_init__(self) -> None:
-        for name in ("noise_bins", "noise_levels", "flush_every"):
+        for name in ("noise_bins", "noise_levels", "flush_every", "timeout"):
             if getattr(self, name) <= 0:
                 raise StabilityProbeError(
                     f"ProbeConfig: {name} must be positive, got {getattr(self, name)}"
@@ -62,7 +68,8 @@ class StabilityProbe:
     Args:
         model: the network, not wrapped; attach a scaling scheme before the probe.
         skips: its long skips, from `find_skips`.
-        every: record each `every`-th optimizer step (the first one always).
+        every: record each `every`-th optimizer step, and the first one. Every tenth costs nothing
+            that can be noticed; 1 is for short runs and close looks.
         sensitivity_every: take the scheduled measurements at the first step and at each multiple
             of this; 0 never.
         run: a `Run` to store into. Without one, the records stay in memory and grow with the steps.
@@ -89,7 +96,7 @@ class StabilityProbe:
         model: nn.Module,
         skips: Sequence[SkipConnection],
         *,
-        every: int = 1,
+        every: int = 10,
         sensitivity_every: int = 100,
         run: RunFolder | None = None,
         batch: ProbeBatch | None = None,
@@ -105,7 +112,7 @@ class StabilityProbe:
                 f"StabilityProbe: skips must have the levels 1..N in order, "
                 f"got {[s.level for s in skips]}; pass all that find_skips returned"
             )
-        self.model, self.skips, self.run = model, list(skips), run
+        self.model, self.skips, self.run = unwrapped(model), list(skips), run
         self.every, self.sensitivity_every = every, sensitivity_every
         self.config = config or ProbeConfig()
         self.steps = 0
@@ -113,8 +120,11 @@ class StabilityProbe:
         self._features = FeatureProbe(self.skips)
         self._blocks: dict[str, Block] | None = None
         self._parameters: ParameterProbe | None = None
-        self._buffer = RecordBuffer()
-        self._in_memory: list[pd.DataFrame] = []
+        self._moved_from: list[Tensor] = []
+        self._buffer = RecordBuffer(self.config.flush_every)
+        self._outgoing: Outgoing | None = None
+        self._store = Store(run)
+        self._ranks = Ranks()
         self._hooks = ExitStack()
         self._seconds = {"step": 0.0, "flush": 0.0, "sensitivity": 0.0}
         self._started = time.perf_counter()
@@ -128,19 +138,28 @@ class StabilityProbe:
                 "StabilityProbe: it is used once; make another for another run"
             )
         self._entered = True
+        refuse_unfit(self.model, self.sensitivity_every)
         with ExitStack() as stack:
+            self._ranks = stack.enter_context(closing(Ranks.meet(self.config.timeout)))
             handle = self.model.register_forward_pre_hook(self._at_first_input, with_kwargs=True)
             stack.callback(handle.remove)
             self._features.attach(self.model, stack)
             if self.run is not None:
-                settings = {"every": self.every, "sensitivity_every": self.sensitivity_every}
-                settings |= asdict(self.config)
-                skips = [s.as_dict() for s in self.skips]
-                self.run.begin({"skips": skips, "probe_settings": settings})
+                self._ranks.together(self._begin)
             self._hooks = stack.pop_all()
         self._features.active = self._due(self.steps + 1)
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - self._seconds.pop("earlier", 0.0)
         return self
+
+    def _begin(self) -> None:
+        """Open the run folder."""
+        assert self.run is not None
+        if self.steps > 0:
+            self.run.resume(self.steps)
+            return
+        settings = {"every": self.every, "sensitivity_every": self.sensitivity_every}
+        skips = [s.as_dict() for s in self.skips]
+        self.run.begin({"skips": skips, "probe_settings": settings | asdict(self.config)})
 
     def __exit__(
         self,
@@ -149,69 +168,79 @@ class StabilityProbe:
         trace: TracebackType | None,
     ) -> None:
         self._features.active = False
-        self._hooks.close()
         try:
-            self.flush()
+            if error is None or self._ranks.world == 1:  # otherwise others may not be there
+                self.flush()
         except Exception as failure:
             self._end(error or failure)
             if error is None:  # otherwise the first error is the one to show
                 raise
         else:
             self._end(error)
+        finally:
+            self._hooks.close()
 
     def _end(self, error: BaseException | None) -> None:
         self._ended = time.perf_counter()
-        if self.run is not None:
+        if self._ranks.first:
             reason = None if error is None else f"{type(error).__name__}: {error}"
-            state = "complete" if error is None else "failed"
-            self.run.end(state, reason, {"probe": self.cost()})
+            reasons = [text for text in (reason, self._ranks.lost) if text]
+            self._store.end("; ".join(reasons) or None, {"probe": self.cost()})
 
     def step(
         self,
         *,
         loss: Tensor | float | None = None,
-        grad_scale: float = 1.0,
+        grad_scale: float | Tensor | None = None,
         grads_unscaled: bool = False,
     ) -> None:
         """Record one optimizer step; call it after the backward pass and before `zero_grad`.
 
+        In a distributed training every process calls it.
+
         Args:
             loss: the per-sample losses (batch,), or one number; recorded as it is.
             grad_scale: what a `GradScaler` multiplied the loss by: `scaler.get_scale()` before
-                `scaler.update()`.
+                `scaler.update()`. Steps whose gradients are not finite, which the scaler skips, are
+                then marked.
             grads_unscaled: whether the parameters' gradients have been divided by it since, as
                 `scaler.unscale_` and `scaler.step` do.
+
+        Raises:
+            StabilityProbeError: if the model has made no training pass yet that the probe has seen.
         """
+        if self._outgoing is not None:  # what the last flush has queued has arrived by now
+            self._keep(self._outgoing)
         self.steps += 1
         if self._due(self.steps):
             with self._timed("step"):
-                self._record(loss, grad_scale, 1.0 if grads_unscaled else grad_scale)
+                self._record(loss, grad_scale, grads_unscaled)
         self._features.clear()
         if self.sensitivity_every and (self.steps == 1 or self.steps % self.sensitivity_every == 0):
             with self._timed("sensitivity"):
                 self._measure()
         if len(self._buffer) >= self.config.flush_every:
-            self.flush()
+            with self._timed("flush"):
+                self._outgoing = self._buffer.take()
+            if self._outgoing.arrived:
+                self._keep(self._outgoing)
         self._features.active = self._due(self.steps + 1)
 
     def flush(self) -> None:
-        """Store what is still on the device."""
-        with self._timed("flush"):
-            frame = self._buffer.frame()
-            if self.run is None:
-                self._in_memory.append(frame)
-            elif not frame.empty:
-                self.run.append(frame)
-            self._buffer.clear()  # now that they are stored
+        """Store what is still on the device; in a distributed training, called by all processes."""
+        if self._outgoing is not None:
+            self._keep(self._outgoing)
+        if self._ended is None:
+            self._keep(self._buffer.take())
 
     def frame(self) -> pd.DataFrame:
-        """All records so far: a tidy frame of step, metric, site, level, stat, value."""
+        """All records so far: a tidy frame of step, metric, site, level, stat, value.
+
+        In a distributed training it is called by all processes, as `flush` is, and process 0 has
+        the records; the others have none unless they can read the run folder.
+        """
         self.flush()
-        if self.run is not None:
-            return self.run.records()
-        if not self._in_memory:
-            return empty_frame()
-        return pd.concat(self._in_memory, ignore_index=True)
+        return self._store.frame()
 
     def cost(self) -> dict[str, float]:
         """What the probe itself has cost.
@@ -227,11 +256,43 @@ class StabilityProbe:
         named = {f"{name}_s": value for name, value in seconds.items()}
         return {**named, "elapsed_s": elapsed, "overhead": always_on / bare}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StabilityProbe":
-        """An inert probe: a copy of a probed model (an average of it, say) is not probed."""
-        inert = StabilityProbe(nn.Identity(), [])
-        inert._blocks = {}
-        return inert
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, pickled or not, is inert: a copy of a probed model is not probed."""
+        return _inert, ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a probe of the same run needs to go on from here in another process.
+
+        Take it right after `flush`, beside the state of the model and of the optimizer.
+        """
+        seconds = {"hooks": self._features.seconds, **self._seconds}
+        seconds["earlier"] = time.perf_counter() - self._started
+        return {
+            "steps": self.steps,
+            "seconds": seconds,
+            "moved_from": [] if self._parameters is None else self._parameters.state_dict(),
+            "batch": None if self._batch is None else self._batch.map(lambda v: v.cpu()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after a step that another process has reached; call it before the block is entered.
+
+        Args:
+            state: from `state_dict`; a batch in it is used if the probe was not given one.
+
+        Raises:
+            StabilityProbeError: if the block has been entered.
+        """
+        if self._entered:
+            raise StabilityProbeError(
+                "StabilityProbe: load_state_dict comes before the `with` block is entered"
+            )
+        self.steps = int(state["steps"])
+        self._seconds = dict(state["seconds"])
+        self._features.seconds = self._seconds.pop("hooks")
+        self._moved_from = list(state["moved_from"])
+        if self._batch is None:
+            self._batch = state.get("batch")
 
     def _due(self, step: int) -> bool:
         return step == 1 or step % self.every == 0
@@ -249,10 +310,12 @@ class StabilityProbe:
         """Run the model without taking its features for those of training."""
         active, self._features.active = self._features.active, False
         try:
-            yield
+            with eagerly():
+                yield
         finally:
             self._features.active = active
 
+    @untraced
     def _at_first_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -267,21 +330,39 @@ class StabilityProbe:
             self._blocks = None  # the model refuses this input: learn from the next
             raise
         self._parameters = ParameterProbe(self.model, self._blocks, self.config.updates)
+        if self._moved_from:
+            self._parameters.load_state_dict(self._moved_from)
+            self._moved_from = []
         args, kwargs = bound_arguments(module, args, kwargs)
         if self._batch is None:
             self._batch = ProbeBatch(args, kwargs).head(8)
         device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         self._batch = self._batch.map(lambda tensor: tensor.to(device))
 
+    def _keep(self, outgoing: Outgoing) -> None:
+        """Store numbers that have been copied off the device, those of all processes together."""
+        self._outgoing = None
+        with self._timed("flush"):
+            parts = self._ranks.gather(outgoing.parts())
+            if self._ranks.first:
+                self._store.put(as_frame(parts))
+
     def _record(
-        self, loss: Tensor | float | None, feature_scale: float, parameter_scale: float
+        self, loss: Tensor | float | None, grad_scale: float | Tensor | None, unscaled: bool
     ) -> None:
         """Reduce what the hooks saw, and the parameters, to the numbers of this step."""
         seen = self._features
+        if not seen.seen:
+            raise StabilityProbeError(
+                "StabilityProbe.step: no training pass has been seen; call the probed model itself "
+                "(not its forward, nor a copy of it) with gradients enabled, inside the block"
+            )
+        # The loss of a distributed training is the mean over the processes' losses.
+        feature_scale = (1.0 if grad_scale is None else grad_scale) * self._ranks.world
         samples = seen.samples(feature_scale)
         if loss is not None:
             device = next((v.device for v in samples.values()), None)
-            samples[Key("loss", "loss", 0, "")] = torch.as_tensor(loss, device=device).reshape(-1)
+            samples[Key("loss", "loss", 0, "")] = _as_vector(loss, device)
         if samples:
             device = next(iter(samples.values())).device
             t = torch.cat(seen.noise_level) if seen.noise_level else None
@@ -289,12 +370,13 @@ class StabilityProbe:
                 t = None  # some pass of the step had no noise level
             self._buffer.add(self.steps, *summarise(samples, t, self._bin_edges(device)))
         if self._parameters is not None:
-            self._buffer.add(self.steps, *self._parameters.read(parameter_scale))
+            scale = 1.0 if unscaled and grad_scale is not None else grad_scale
+            self._buffer.add(self.steps, *self._parameters.read(scale))
 
     def _measure(self) -> None:
         """Take the scheduled measurements on the probe batch."""
-        if self._blocks is None or self._batch is None:
-            return  # the model has not run yet
+        if self._blocks is None or self._batch is None or not self._ranks.first:
+            return  # the model has not run yet, or process 0 measures for all
         probe = SensitivityProbe(
             self.model, self.skips, self._blocks, self._batch, self.config.sensitivity
         )
@@ -306,3 +388,16 @@ class StabilityProbe:
             bins = self.config.noise_bins
             self._edges = torch.arange(1, bins, device=device) * (self.config.noise_levels / bins)
         return self._edges
+
+
+def _as_vector(loss: Tensor | float, device: torch.device | None) -> Tensor:
+    """Losses on a device, without waiting for it."""
+    if isinstance(loss, Tensor):
+        return loss.detach().reshape(-1).to(device, non_blocking=True)
+    return torch.full((1,), float(loss), device=device)
+
+
+def _inert() -> StabilityProbe:
+    probe = StabilityProbe(nn.Identity(), [])
+    probe._blocks = {}
+    return probe

@@ -8,6 +8,7 @@
 | `feature_grad_energy` | `h` `u` | i | the same | ‖∂L/∂·‖², L the loss back-propagated |
 | `loss` | `loss` | 0 | the same | per-sample loss |
 | `samples` | `loss` | 0 | `t0` ... | number of samples in the noise-level bin |
+| `skipped` | `optimizer` | 0 | `value` | 1 if a gradient was not finite: a GradScaler skips |
 | `grad_energy`, `param_energy` | block/parameter | i | `value` | ‖∇W‖², ‖W‖² |
 | `update_ratio` | block kind | i | `value` | ‖Δθ‖/‖θ‖ since the last record |
 | `secant` | `eps=r` | 0 | `s0` ... per sample | largest ‖Δout‖/ε over directions, ε = r‖x_t‖ |
@@ -36,15 +37,18 @@ into that bin of equal width, the least noisy first.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
-import torch
-from torch import Tensor
+from pandas.api.types import union_categoricals
 
 COLUMNS = ("step", "metric", "site", "level", "stat", "value")
 """Columns of a frame of records."""
+CATEGORIES = ("metric", "site", "stat")
+"""Those of them that hold names."""
 
 
 class Key(NamedTuple):
@@ -56,12 +60,98 @@ class Key(NamedTuple):
     stat: str
 
 
+class Column(NamedTuple):
+    """A number of every step as it waits to be stored.
+
+    Attributes:
+        key: what it is, or `None` if it only serves other columns.
+        join: what it is over several processes: the sum, least or largest of theirs, or the `same`
+            in all of them.
+        weight: the place of the column that this one is divided by at the end; -1 for none.
+        how: what is recorded: the `value`; a `count`, if it is not 0; the `mean`, value / weight,
+            if the weight is not 0; or the `root`, √(value / weight).
+    """
+
+    key: Key | None
+    join: Literal["sum", "min", "max", "same"] = "same"
+    weight: int = -1
+    how: Literal["value", "count", "mean", "root"] = "value"
+
+
+class Layout:
+    """What the columns are of numbers that were taken together.
+
+    Layouts are compared by identity, since every step has one: whoever takes numbers makes the
+    layout once.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = tuple(columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @cached_property
+    def _shown(self) -> npt.NDArray[np.intp]:
+        return np.array([i for i, c in enumerate(self.columns) if c.key is not None], dtype=np.intp)
+
+    @cached_property
+    def _names(self) -> dict[str, pd.Categorical]:
+        """The name of every shown column, by part of the key."""
+        keys = [c.key for c in self.columns if c.key is not None]
+        return {name: pd.Categorical([getattr(key, name) for key in keys]) for name in CATEGORIES}
+
+    def frame(self, steps: Sequence[int], values: npt.NDArray[np.float64]) -> pd.DataFrame:
+        """The records that numbers of several steps are.
+
+        Args:
+            steps: the steps, k of them.
+            values: (k, columns).
+        """
+        shown = [self.columns[i] for i in self._shown]
+        how = np.array([c.how for c in shown], dtype=str)
+        own = values[:, self._shown]
+        weights = np.array([c.weight for c in shown], dtype=np.intp)
+        weight = np.where(weights < 0, 1.0, values[:, weights])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            numbers = own / weight
+            numbers[:, how == "root"] **= 0.5
+        missing = (how == "mean") & (weight == 0) | (how == "count") & (own == 0)
+        there, times = ~missing.ravel(), len(steps)
+        columns: dict[str, Any] = {"step": np.repeat(np.asarray(steps, dtype=np.int64), len(shown))}
+        for name, kinds in self._names.items():
+            codes = np.tile(kinds.codes, times)
+            columns[name] = pd.Categorical.from_codes(codes, dtype=kinds.dtype)
+        columns["level"] = np.tile([c.key.level for c in shown if c.key is not None], times)
+        columns["value"] = numbers.ravel()
+        frame = pd.DataFrame(columns)[list(COLUMNS)]
+        return frame if there.all() else frame[there].reset_index(drop=True)
+
+
+class Part(NamedTuple):
+    """Numbers of several steps off the device.
+
+    Attributes:
+        layout: what the columns are.
+        steps: the steps, k of them.
+        values: (k, columns).
+    """
+
+    layout: Layout
+    steps: list[int]
+    values: npt.NDArray[np.float64]
+
+
 @runtime_checkable
 class RunFolder(Protocol):
     """Where a probe puts its records; `runs.Run` is one."""
 
     def begin(self, info: Mapping[str, Any]) -> None:
         """Record what is known at the start; refuse a folder with records in it."""
+        ...
+
+    def resume(self, step: int) -> None:
+        """Go on with a run that stopped: what is recorded after `step` is dropped."""
         ...
 
     def append(self, frame: pd.DataFrame) -> None:
@@ -77,56 +167,30 @@ class RunFolder(Protocol):
         ...
 
 
-class RecordBuffer:
-    """Recorded numbers that are still on the device, at most a few steps of them.
-
-    >>> buffer = RecordBuffer()
-    >>> buffer.add(1, [Key("loss", "loss", 0, "mean")], torch.tensor([0.5]))
-    >>> buffer.frame().values.tolist()
-    [[1, 'loss', 'loss', 0, 'mean', 0.5]]
-    """
-
-    def __init__(self) -> None:
-        self._steps: list[tuple[int, Sequence[Key], Tensor]] = []
-
-    def __len__(self) -> int:
-        """How many steps the numbers are of."""
-        return len({step for step, _, _ in self._steps})
-
-    def add(self, step: int, keys: Sequence[Key], values: Tensor) -> None:
-        """Keep the numbers of one step: a vector, one entry a key."""
-        if len(keys) != len(values):
-            raise ValueError(f"{len(keys)} keys for {len(values)} values at step {step}")
-        self._steps.append((step, keys, values.detach()))
-
-    def clear(self) -> None:
-        """Forget the numbers."""
-        self._steps = []
-
-    def frame(self) -> pd.DataFrame:
-        """Copy the numbers off the device, as a frame of records."""
-        steps = self._steps
-        if not steps:
-            return empty_frame()
-        values = torch.cat([v.double() for _, _, v in steps]).cpu().numpy()
-        keys = [key for _, ks, _ in steps for key in ks]
-        numbers = np.repeat([s for s, _, _ in steps], [len(ks) for _, ks, _ in steps])
-        frame = pd.DataFrame(keys, columns=list(Key._fields))
-        frame.insert(0, "step", numbers)
-        frame["value"] = values
-        return _without_empty_bins(frame)
-
-
 def empty_frame() -> pd.DataFrame:
     """A frame of no records."""
     return pd.DataFrame({name: [] for name in COLUMNS})
 
 
-def _without_empty_bins(frame: pd.DataFrame) -> pd.DataFrame:
-    """Drop the means of noise-level bins that no sample fell into."""
-    counts = frame[(frame.metric == "samples") & (frame.value == 0)]
-    if counts.empty:
+def as_frame(parts: Sequence[Part]) -> pd.DataFrame:
+    """The records that numbers are, in the order of their steps."""
+    frame = joined([part.layout.frame(part.steps, part.values) for part in parts])
+    if frame.step.is_monotonic_increasing:
         return frame
-    empty = pd.MultiIndex.from_frame(counts[["step", "stat"]])
-    rows = pd.MultiIndex.from_frame(frame[["step", "stat"]])
-    return frame[~rows.isin(empty)].reset_index(drop=True)
+    return frame.sort_values("step", kind="stable", ignore_index=True)
+
+
+def joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Frames of records one after the other; names stay categories."""
+    frames = [frame for frame in frames if not frame.empty]
+    if not frames:
+        return empty_frame()
+    columns: dict[str, Any] = {}
+    for name in COLUMNS:
+        parts = [frame[name] for frame in frames]
+        if name in CATEGORIES:
+            named = [part.astype("category").array for part in parts]
+            columns[name] = union_categoricals(named)
+        else:
+            columns[name] = np.concatenate([part.to_numpy() for part in parts])
+    return pd.DataFrame(columns)

@@ -1,21 +1,24 @@
 """From one number a sample to a few numbers a step, on the device, in a handful of operations."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from stability_probe.probes.records import Key
+from stability_probe.probes.records import Column, Key, Layout
 
 Samples = Mapping[Key, Tensor]
 """For every quantity (a key without a stat) a vector over samples."""
 
-Numbers = tuple[list[Key], Tensor]
-"""Keys and a vector of as many numbers."""
+Numbers = tuple[Layout, Tensor]
+"""What numbers are, and a vector of them."""
 
 
 def summarise(samples: Samples, noise_level: Tensor | None, edges: Tensor) -> Numbers:
     """Mean, least and largest over samples of every quantity, and its means by noise level.
+
+    Means are kept as a sum and a number of samples, so that those of several processes add up.
 
     Args:
         samples: the quantities; those with as many samples as `noise_level` are binned.
@@ -23,40 +26,67 @@ def summarise(samples: Samples, noise_level: Tensor | None, edges: Tensor) -> Nu
         edges: the inner edges of the noise-level bins, rising; T - 1 of them make T bins.
 
     >>> loss = {Key("loss", "loss", 0, ""): torch.tensor([1.0, 3.0])}
-    >>> keys, values = summarise(loss, torch.tensor([10, 900]), torch.tensor([500.0]))
-    >>> {key.stat: float(v) for key, v in zip(keys, values) if key.metric == "loss"}
+    >>> layout, values = summarise(loss, torch.tensor([10, 900]), torch.tensor([500.0]))
+    >>> frame = layout.frame([1], values[None].double().numpy())
+    >>> frame[frame.metric == "loss"].set_index("stat").value.to_dict()
     {'mean': 2.0, 'min': 1.0, 'max': 3.0, 't0': 1.0, 't1': 3.0}
     """
-    keys: list[Key] = []
-    values: list[Tensor] = []
-    for group, table in _tables(samples):
-        stats = {"mean": table.mean(1), "min": table.amin(1), "max": table.amax(1)}
-        if noise_level is not None and len(noise_level) == table.shape[1]:
-            stats |= _bin_means(table, noise_level, edges)
-        for stat, column in stats.items():
-            keys += [key._replace(stat=stat) for key in group]
-            values.append(column)
-    if noise_level is not None:
-        counts = _membership(noise_level, edges).sum(0)
-        keys += [Key("samples", "loss", 0, f"t{b}") for b in range(len(counts))]
-        values.append(counts.to(values[0].dtype))
-    return keys, torch.cat(values) if values else torch.empty(0)
+    groups: dict[int, list[Key]] = {}
+    for key, vector in samples.items():
+        groups.setdefault(vector.shape[0], []).append(key)
+    if not groups:
+        return _summary_layout((), None, 0), torch.empty(0)
+    dtype = _common_dtype(samples)
+    member = None if noise_level is None else _membership(noise_level, edges)
+    binned, values = None, []
+    for place, (size, keys) in enumerate(groups.items()):
+        table = torch.stack([samples[key].to(dtype) for key in keys])
+        values += [table.sum(1), *torch.aminmax(table, dim=1), table.new_full((1,), size)]
+        if member is not None and size == member.shape[0]:
+            binned = place
+            values.append(_bin_sums(table, member))
+    if member is not None:
+        values.append(member.sum(0).to(dtype))
+    bins = 0 if member is None else member.shape[1]
+    layout = _summary_layout(tuple(map(tuple, groups.values())), binned, bins)
+    return layout, torch.cat(values)
 
 
 def per_sample(samples: Samples) -> Numbers:
     """Every sample's number on its own, as stats s0, s1, ...."""
-    keys = [key._replace(stat=f"s{i}") for key, v in samples.items() for i in range(len(v))]
     dtype = _common_dtype(samples)
-    return keys, torch.cat([v.to(dtype) for v in samples.values()])
+    sizes = tuple((key, v.shape[0]) for key, v in samples.items())
+    return _sample_layout(sizes), torch.cat([v.to(dtype) for v in samples.values()])
 
 
-def _tables(samples: Samples) -> list[tuple[list[Key], Tensor]]:
-    """Quantities with the same number of samples, stacked."""
-    groups: dict[int, list[Key]] = {}
-    for key, v in samples.items():
-        groups.setdefault(len(v), []).append(key)
-    dtype = _common_dtype(samples)
-    return [(keys, torch.stack([samples[k].to(dtype) for k in keys])) for keys in groups.values()]
+@lru_cache
+def _sample_layout(sizes: Sequence[tuple[Key, int]]) -> Layout:
+    keys = [key._replace(stat=f"s{i}") for key, n in sizes for i in range(n)]
+    return Layout([Column(key) for key in keys])
+
+
+@lru_cache
+def _summary_layout(groups: Sequence[Sequence[Key]], binned: int | None, bins: int) -> Layout:
+    """Columns of quantities in groups of as many samples each, one of them binned.
+
+    Groups by groups: sums, least, largest, how many samples; in the binned group sums by bin. After
+    all of them how many samples each bin has.
+    """
+    sizes = [3 * len(keys) + 1 + (bins * len(keys) if place == binned else 0)
+             for place, keys in enumerate(groups)]  # fmt: skip
+    counts = sum(sizes)  # where those of the bins begin
+    columns: list[Column] = []
+    for place, keys in enumerate(groups):
+        size = len(columns) + 3 * len(keys)
+        columns += [Column(k._replace(stat="mean"), "sum", size, "mean") for k in keys]
+        columns += [Column(k._replace(stat="min"), "min") for k in keys]
+        columns += [Column(k._replace(stat="max"), "max") for k in keys]
+        columns.append(Column(None, "sum"))
+        for b in range(bins if place == binned else 0):
+            columns += [Column(k._replace(stat=f"t{b}"), "sum", counts + b, "mean") for k in keys]
+    for b in range(bins):
+        columns.append(Column(Key("samples", "loss", 0, f"t{b}"), "sum", how="count"))
+    return Layout(columns)
 
 
 def _common_dtype(samples: Samples) -> torch.dtype:
@@ -70,9 +100,9 @@ def _membership(noise_level: Tensor, edges: Tensor) -> Tensor:
     return bins[:, None] == torch.arange(len(edges) + 1, device=bins.device)
 
 
-def _bin_means(table: Tensor, noise_level: Tensor, edges: Tensor) -> dict[str, Tensor]:
-    """Means of (quantities, samples) over the samples of each bin; NaN stays in its own bin."""
-    member = _membership(noise_level, edges)
-    sums = torch.where(member, table[:, :, None], 0.0).sum(1)
-    means = sums / member.sum(0)
-    return {f"t{b}": column for b, column in enumerate(means.unbind(1))}
+def _bin_sums(table: Tensor, member: Tensor) -> Tensor:
+    """Sums of (quantities, samples) over the samples of each bin, bin by bin.
+
+    NaN stays in its own bin.
+    """
+    return torch.where(member.T[:, None, :], table, 0.0).sum(2).flatten()

@@ -24,9 +24,9 @@ from stability_probe.probes import (
     SensitivityProbe,
     counterfactual_energies,
 )
+from stability_probe.probes.buffer import RecordBuffer
 from stability_probe.probes.certified import certified_constants
 from stability_probe.probes.features import FeatureProbe
-from stability_probe.probes.records import RecordBuffer
 from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.runs.run import Run
 from stability_probe.skips import Scaling, SkipConnection, Unscaled, parameter_blocks, scale_skips

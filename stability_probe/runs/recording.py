@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from stability_probe.errors import StabilityProbeError
 from stability_probe.models import TheoryUNet
 from stability_probe.probes import ProbeBatch, ProbeConfig, StabilityProbe
+from stability_probe.probes.buffer import RecordBuffer
 from stability_probe.probes.features import FeatureProbe
-from stability_probe.probes.records import Key, RecordBuffer
+from stability_probe.probes.records import Key
 from stability_probe.probes.sample_gradients import MEMORY, sample_gradients
 from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.runs.data import load_images

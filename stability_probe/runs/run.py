@@ -109,6 +109,14 @@ class Run:
         start = {"schema": SCHEMA, "state": "running", "reason": None, "config": self.config}
         self._write_info({**start, "versions": _versions(), **info})
 
+    def resume(self, step: int) -> None:
+        """Go on with a run that stopped after `step`: later records are dropped.
+
+        Raises:
+            StabilityProbeError: if the folder cannot be written.
+        """
+        raise NotImplementedError
+
     def refuse_if_taken(self) -> None:
         """Check that the folder is free for a run.
 

@@ -7,8 +7,9 @@ Hooks are objects, not closures, so that a deep copy of a model copies what they
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -249,23 +250,57 @@ class Attached:
     """What a tap has put into a model, and how it is undone.
 
     `torch.compile` does not look for hooks that come or go after it has compiled a module, so what
-    is compiled by then is discarded; it is compiled again at the next call.
+    is compiled by then is discarded; it is compiled again at the next call. Hooks that come and go
+    while models run `eagerly` leave it as it is.
     """
 
     def __init__(self, undo: ExitStack) -> None:
         self._undo = undo
-        torch.compiler.reset()
+        _forget_compiled()
 
     def remove(self) -> None:
         """Take all hooks out."""
         self._undo.close()
+        _forget_compiled()
+
+
+_EAGER: ContextVar[bool] = ContextVar("eager", default=False)
+
+
+def _forget_compiled() -> None:
+    if not _EAGER.get():
         torch.compiler.reset()
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled modules as they were written, and keep what is compiled for afterwards.
+
+    Taps that are attached inside have to be removed inside.
+    """
+    token = _EAGER.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _EAGER.reset(token)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module inside what `torch.compile` returned; any other module itself."""
     inside: nn.Module = getattr(model, "_orig_mod", model)
     return inside
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and DistributedDataParallel, in any order."""
+    while True:
+        inside = uncompiled(model)
+        if isinstance(inside, nn.parallel.DistributedDataParallel):
+            inside = inside.module
+        if inside is model:
+            return model
+        model = inside
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

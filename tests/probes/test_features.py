@@ -73,12 +73,12 @@ SITES = {("x", 0), ("output", 0), ("h", 0), ("h", 1), ("h", 2)} | {
 
 def test_every_tensor_of_eq_4_is_seen_once_a_pass():
     probe = watch(NET, X)
-    assert set(probe.energy) == SITES
-    assert all(len(parts) == 1 for parts in probe.energy.values())
-    assert set(probe.gradient) == {("u", 1), ("u", 2), ("h", 0), ("h", 1), ("h", 2)}
+    assert set(probe.norms) == SITES
+    assert all(len(parts) == 1 for parts in probe.norms.values())
+    assert set(probe.gradients) == {("u", 1), ("u", 2), ("h", 0), ("h", 1), ("h", 2)}
     found = probe.samples(1.0)
     for i in (1, 2):  # z_i = h_i is looked at once and recorded under both names
-        assert torch.equal(found[Key("energy", "z", i, "")], probe.energy["h", i][0])
+        assert torch.equal(found[Key("energy", "z", i, "")], probe.norms["h", i][0].square())
 
 
 def test_a_model_called_twice_is_recorded_twice():
@@ -89,27 +89,27 @@ def test_a_model_called_twice_is_recorded_twice():
         (NET(X).sum() + NET(2 * X[:1]).sum()).backward()
     found = probe.samples(1.0)
     assert {len(v) for v in found.values()} == {5}
-    assert probe.energy["x", 0][1] == pytest.approx(4 * probe.energy["x", 0][0][:1], rel=1e-6)
+    assert probe.norms["x", 0][1] == pytest.approx(2 * probe.norms["x", 0][0][:1], rel=1e-6)
     probe.clear()
     assert probe.samples(1.0) == {}
 
 
 def test_nothing_is_seen_while_inactive_or_without_gradients():
-    assert not watch(NET, X, active=False).energy
+    assert not watch(NET, X, active=False).norms
     with torch.no_grad():
-        assert not watch(NET, X, backward=False).energy
+        assert not watch(NET, X, backward=False).norms
 
 
 def test_nothing_is_seen_after_the_stack_is_closed():
     probe = watch(NET, X)
     NET(X)
-    assert all(len(parts) == 1 for parts in probe.energy.values())
+    assert all(len(parts) == 1 for parts in probe.norms.values())
 
 
 def test_gradients_alone_are_missing_before_the_backward_pass():
     probe = watch(NET, X, backward=False)
-    assert set(probe.energy) == SITES
-    assert not probe.gradient
+    assert set(probe.norms) == SITES
+    assert not probe.gradients
 
 
 def test_u_is_seen_before_the_scaling_and_ku_after_it():
@@ -171,8 +171,8 @@ def test_the_noise_level_is_the_second_tensor_if_it_is_a_number_a_sample(t, expe
 def test_a_module_without_skips_has_an_input_and_an_output():
     net = nn.Linear(3, 2)
     probe = watch(net, torch.ones(2, 3), skips=[])
-    assert set(probe.energy) == {("x", 0), ("output", 0)}
-    assert probe.energy["x", 0][0].tolist() == [3.0, 3.0]
+    assert set(probe.norms) == {("x", 0), ("output", 0)}
+    assert probe.norms["x", 0][0].tolist() == pytest.approx([3**0.5] * 2)
 
 
 def test_each_backward_pass_gives_a_gradient_of_its_own():
@@ -183,10 +183,10 @@ def test_each_backward_pass_gives_a_gradient_of_its_own():
         out = NET(X)
         out.sum().backward(retain_graph=True)
         (3 * out.sum()).backward()
-    (pass_of_first, first), (pass_of_second, second) = probe.gradient["h", 1]
+    (pass_of_first, first), (pass_of_second, second) = probe.gradients["h", 1]
     assert pass_of_first == pass_of_second == 0
-    torch.testing.assert_close(second, 9 * first)
-    assert len(probe.energy["h", 1]) == 1
+    torch.testing.assert_close(second, 3 * first)
+    assert len(probe.norms["h", 1]) == 1
 
 
 def test_a_copy_is_not_probed():
@@ -196,9 +196,9 @@ def test_a_copy_is_not_probed():
         probe.attach(net, stack)
         probe.active = True
         copy.deepcopy(net)(X).sum().backward()
-        assert not probe.energy
+        assert not probe.norms
         net(X)
-    assert set(probe.energy) == SITES
+    assert set(probe.norms) == SITES
 
 
 def test_frozen_inputs_are_seen_without_gradients():
@@ -206,5 +206,5 @@ def test_frozen_inputs_are_seen_without_gradients():
     net = TheoryUNet(8, 2)
     net.encoder.requires_grad_(False)
     probe = watch(net, X)
-    assert set(probe.energy) == SITES
-    assert set(probe.gradient) == {("h", 0), ("h", 1), ("h", 2)}
+    assert set(probe.norms) == SITES
+    assert set(probe.gradients) == {("h", 0), ("h", 1), ("h", 2)}

@@ -6,7 +6,6 @@ from torch import nn
 
 from stability_probe import TheoryUNet
 from stability_probe.probes.gradients import ParameterProbe
-from stability_probe.probes.records import Key, RecordBuffer
 from stability_probe.skips import Block, parameter_blocks
 from tests.oracles.recording import assert_rows, block_of, expected_parameters, output_of
 
@@ -15,11 +14,9 @@ def blocks_of(net, case):
     return parameter_blocks(net, case.skips(net), *case.data(2)[:2])
 
 
-def frame_of(keys, values):
+def frame_of(layout, values):
     """The numbers of one step as a frame."""
-    buffer = RecordBuffer()
-    buffer.add(1, keys, values)
-    return buffer.frame()
+    return layout.frame([1], values[None].double().numpy())
 
 
 def backward(net, case, scale=1.0, seed=0):
@@ -84,12 +81,12 @@ def test_norms_are_in_float32_at_least(dtype, kept, value, rtol):
         p.data.fill_(value)
         p.grad = torch.full_like(p, value)
     blocks = dict.fromkeys((name for name, _ in net.named_parameters()), Block("other"))
-    keys, values = ParameterProbe(net, blocks, updates=True).read(1.0)
+    layout, values = ParameterProbe(net, blocks, updates=True).read(1.0)
     assert values.dtype == kept
     exact = 64 * 64 * torch.tensor(value, dtype=dtype).double().item() ** 2
-    for key, found in zip(keys, values.tolist(), strict=True):
-        expected = 0.0 if key.metric == "update_ratio" else exact
-        assert found == pytest.approx(expected, rel=rtol, abs=0)
+    for row in frame_of(layout, values).itertuples():
+        expected = 0.0 if row.metric in ("update_ratio", "skipped") else exact
+        assert row.value == pytest.approx(expected, rel=rtol, abs=0)
 
 
 def test_nan_gradients_are_nan_and_no_others(cases):
@@ -145,14 +142,65 @@ def test_updates_are_measured_when_asked_for(updates):
     net = TheoryUNet(4, 1)
     blocks = dict.fromkeys((name for name, _ in net.named_parameters()), Block("other"))
     net(torch.ones(2, 4)).sum().backward()
-    keys, values = ParameterProbe(net, blocks, updates).read(1.0)
-    assert len(keys) == len(values) == 2 * 6 + updates
-    assert (Key("update_ratio", "other", 0, "value") in keys) is updates
+    frame = frame_of(*ParameterProbe(net, blocks, updates).read(None))
+    assert len(frame) == 2 * 6 + updates
+    assert ("update_ratio" in set(frame.metric)) is updates
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
+def test_a_gradient_that_is_not_finite_marks_the_step_where_a_scaler_skips_it(cases, bad):
+    case = cases["add"]
+    net = case.net()
+    probe = ParameterProbe(net, blocks_of(net, case), updates=False)
+    backward(net, case, scale=4.0)
+    if bad is not None:
+        net.encoder[1].layer1.weight.grad[0, 0] = bad
+    for scale in (1.0, 4.0, torch.tensor(4.0)):
+        rows = frame_of(*probe.read(scale)).query("metric == 'skipped'")
+        assert rows[["site", "level", "value"]].values.tolist() == [
+            ["optimizer", 0, bad is not None]
+        ]
+    assert "skipped" not in set(frame_of(*probe.read(None)).metric)
+
+
+def test_a_scaled_gradient_whose_square_no_float_holds_is_unscaled_first():
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.grad = torch.full((1, 1), 1e25)
+    probe = ParameterProbe(net, {"weight": Block("other")}, updates=False)
+    found = frame_of(*probe.read(1e10)).query("metric == 'grad_energy'").value.item()
+    assert found == pytest.approx(1e30)
+
+
+def test_gradients_of_an_embedding_may_be_sparse():
+    found = []
+    for sparse in (False, True):
+        net = nn.Embedding(9, 3, sparse=sparse)
+        net.weight.data.fill_(1.0)
+        net(torch.tensor([1, 1, 4])).square().sum().backward()
+        probe = ParameterProbe(net, {"weight": Block("other")}, updates=False)
+        found.append(frame_of(*probe.read(None)).value.tolist())
+    assert found[0] == found[1] == pytest.approx([3 * 4.0**2 + 3 * 2.0**2, 27.0])
+
+
+def test_the_state_carries_where_parameters_were(cases):
+    """Updates go on from the last reading, in another probe too."""
+    net = cases["add"].net()
+    blocks = blocks_of(net, cases["add"])
+    first = ParameterProbe(net, blocks, updates=True)
+    first.read(None)
+    state = first.state_dict()
+    with torch.no_grad():
+        for p in net.parameters():
+            p *= 1.5
+    second = ParameterProbe(net, blocks, updates=True)
+    second.load_state_dict(state)
+    for probe in (first, second):
+        rows = frame_of(*probe.read(None)).query("metric == 'update_ratio'")
+        assert rows.value.to_list() == pytest.approx([1 / 3] * len(rows))
 
 
 def test_a_model_without_trained_parameters_has_no_rows():
     net = TheoryUNet(4, 1).requires_grad_(False)
     for model, blocks in ((net, {}), (nn.ReLU(), {})):
-        keys, values = ParameterProbe(model, blocks, updates=True).read(1.0)
-        assert keys == []
-        assert values.numel() == 0
+        layout, values = ParameterProbe(model, blocks, updates=True).read(1.0)
+        assert len(layout) == values.numel() == 0

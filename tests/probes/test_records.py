@@ -1,68 +1,89 @@
-"""The buffer of recorded numbers and the frame they become."""
+"""What a recorded number is, and the frame that many of them become."""
+
+import math
 
 import numpy as np
 import pandas as pd
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from stability_probe import Run
 from stability_probe.probes import COLUMNS, Key
-from stability_probe.probes.records import RecordBuffer, RunFolder, empty_frame
+from stability_probe.probes.records import (
+    CATEGORIES,
+    Column,
+    Layout,
+    Part,
+    RunFolder,
+    as_frame,
+    empty_frame,
+    joined,
+)
 
 
-def keys(*stats, metric="loss"):
-    return [Key(metric, "loss", 0, stat) for stat in stats]
+def column(stat, **how):
+    return Column(Key("loss", "loss", 0, stat), **how)
 
 
-def test_numbers_come_out_in_order_with_their_steps_and_only_once():
-    buffer = RecordBuffer()
-    buffer.add(3, keys("mean", "min"), torch.tensor([1.0, 2.0]))
-    buffer.add(4, [Key("energy", "u", 2, "max")], torch.tensor([3.0], dtype=torch.float64))
-    assert len(buffer) == 2
-    frame = buffer.frame()
-    assert tuple(frame.columns) == COLUMNS
-    assert frame.values.tolist() == [
-        [3, "loss", "loss", 0, "mean", 1.0],
-        [3, "loss", "loss", 0, "min", 2.0],
-        [4, "energy", "u", 2, "max", 3.0],
-    ]
-    buffer.clear()
-    assert len(buffer) == 0
-    pd.testing.assert_frame_equal(buffer.frame(), empty_frame())
+def values_of(frame):
+    return list(zip(frame.step, frame.stat, frame.value, strict=True))
 
 
-def test_float64_keeps_its_digits_beside_float32():
-    buffer = RecordBuffer()
-    buffer.add(1, keys("a"), torch.tensor([0.1], dtype=torch.float64))
-    buffer.add(1, keys("b"), torch.tensor([0.1]))
-    assert buffer.frame().value.tolist() == [0.1, float(np.float32(0.1))]
+class TestLayout:
+    def test_a_value_is_recorded_as_it_is(self):
+        frame = Layout([column("a"), column("b")]).frame([3, 5], np.array([[1.0, 2], [3, 4]]))
+        assert tuple(frame.columns) == COLUMNS
+        assert values_of(frame) == [(3, "a", 1), (3, "b", 2), (5, "a", 3), (5, "b", 4)]
+        assert frame.index.tolist() == [0, 1, 2, 3]
+
+    def test_a_mean_is_a_sum_over_a_weight_that_is_not_shown(self):
+        layout = Layout([column("mean", join="sum", weight=1, how="mean"), Column(None, "sum")])
+        assert values_of(layout.frame([1], np.array([[6.0, 4.0]]))) == [(1, "mean", 1.5)]
+
+    def test_a_root_is_that_of_a_ratio(self):
+        layout = Layout([column("r", weight=1, how="root"), Column(None)])
+        frame = layout.frame([1, 2, 3], np.array([[9.0, 4.0], [1.0, 0.0], [0.0, 0.0]]))
+        assert frame.value.tolist()[:2] == [1.5, math.inf]
+        assert math.isnan(frame.value[2])
+
+    def test_means_and_counts_of_no_samples_go_and_only_at_their_step(self):
+        nan = float("nan")
+        layout = Layout(
+            [column("t0", weight=1, how="mean"), column("n0", how="count"), column("a")]
+        )
+        frame = layout.frame([1, 2, 3], np.array([[0.0, 0, 0], [nan, 2, 0], [4.0, 2, 0]]))
+        left = {step: set(rows.stat) for step, rows in frame.groupby("step")}
+        assert left == {1: {"a"}, 2: {"t0", "n0", "a"}, 3: {"t0", "n0", "a"}}
+        assert frame.value.isna().sum() == 1  # a NaN of samples that are there is kept
+        assert frame[frame.stat == "t0"].value.tolist()[1] == 2.0
+        assert frame.index.tolist() == list(range(len(frame)))
+
+    def test_of_no_columns_there_are_no_records(self):
+        assert Layout([]).frame([1, 2], np.empty((2, 0))).empty
 
 
-def test_no_graph_is_held():
-    weight = torch.ones(1, requires_grad=True)
-    buffer = RecordBuffer()
-    buffer.add(1, keys("a"), 2 * weight)
-    assert buffer.frame().value.tolist() == [2.0]
+def part(stat, steps, metric="loss"):
+    layout = Layout([Column(Key(metric, "loss", 0, stat))])
+    return Part(layout, steps, np.array(steps, dtype=float).reshape(-1, 1))
 
 
-def test_a_key_too_many_is_refused():
-    with pytest.raises(ValueError, match="2 keys for 1 values at step 5"):
-        RecordBuffer().add(5, keys("a", "b"), torch.ones(1))
+class TestFrames:
+    def test_parts_come_in_the_order_of_their_steps(self):
+        frame = as_frame([part("a", [1, 3]), part("b", [2, 3]), part("c", [1])])
+        found = [(step, stat) for step, stat, _ in values_of(frame)]
+        assert found == [(1, "a"), (1, "c"), (2, "b"), (3, "a"), (3, "b")]
+        assert frame.index.tolist() == list(range(5))
 
+    def test_names_stay_categories_whichever_there_are(self):
+        frames = [as_frame([part("a", [1], "loss")]), as_frame([part("b", [2], "energy")])]
+        frames.append(frames[0].astype(dict.fromkeys(CATEGORIES, object)))
+        frame = joined(frames)
+        assert all(isinstance(frame[name].dtype, pd.CategoricalDtype) for name in CATEGORIES)
+        assert frame.metric.tolist() == ["loss", "energy", "loss"]
+        assert frame.value.tolist() == [1.0, 2.0, 1.0]
 
-def test_means_of_empty_bins_go_and_only_at_their_step():
-    nan = float("nan")
-    buffer = RecordBuffer()
-    for step, (count0, count1) in {1: (0.0, 4.0), 2: (4.0, 4.0), 3: (4.0, 0.0)}.items():
-        buffer.add(step, keys("mean", "t0", "t1"), torch.tensor([1.0, nan, nan]))
-        buffer.add(step, keys("t0", "t1", metric="samples"), torch.tensor([count0, count1]))
-    frame = buffer.frame()
-    left = {step: set(rows.stat) for step, rows in frame.groupby("step")}
-    assert left == {1: {"mean", "t1"}, 2: {"mean", "t0", "t1"}, 3: {"mean", "t0"}}
-    assert frame.value.isna().sum() == 4  # a NaN of samples that are there is kept
-    assert frame.index.tolist() == list(range(len(frame)))
+    def test_no_frames_are_an_empty_one(self):
+        pd.testing.assert_frame_equal(joined([]), empty_frame())
+        pd.testing.assert_frame_equal(as_frame([]), empty_frame())
+        assert as_frame([part("a", [])]).empty
 
 
 def test_an_empty_frame_has_the_columns():
@@ -73,22 +94,3 @@ def test_an_empty_frame_has_the_columns():
 def test_a_run_is_a_run_folder(tmp_path):
     assert isinstance(Run(tmp_path), RunFolder)
     assert not isinstance(tmp_path, RunFolder)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 9), st.lists(st.floats(allow_nan=True), max_size=4)), max_size=6
-    )
-)
-def test_nothing_is_lost_or_changed(steps):
-    buffer = RecordBuffer()
-    for step, values in steps:
-        names = [f"v{i}" for i in range(len(values))]
-        buffer.add(step, keys(*names), torch.tensor(values, dtype=torch.float64))
-    frame = buffer.frame()
-    expected = [(step, f"v{i}", value) for step, values in steps for i, value in enumerate(values)]
-    assert len(frame) == len(expected)
-    for row, (step, stat, value) in zip(frame.itertuples(), expected, strict=True):
-        assert (row.step, row.stat) == (step, stat)
-        assert row.value == value or (np.isnan(row.value) and np.isnan(value))

@@ -15,24 +15,26 @@ LOSS, X = Key("loss", "loss", 0, ""), Key("energy", "x", 0, "")
 EDGES = torch.tensor([250.0, 500.0, 750.0])
 
 
+def rows(layout, values):
+    """What is recorded of the numbers of one step, by metric and stat."""
+    frame = layout.frame([1], values[None].double().numpy())
+    assert not frame.duplicated(["metric", "site", "level", "stat"]).any()
+    return {(row.metric, row.stat): row.value for row in frame.itertuples()}
+
+
 def table(samples, t=None, edges=EDGES):
-    keys, values = summarise(samples, t, edges)
-    assert len(keys) == len(set(keys)) == len(values)
-    return {(key.metric, key.stat): float(v) for key, v in zip(keys, values, strict=True)}
+    return rows(*summarise(samples, t, edges))
 
 
 def test_by_hand():
     samples = {LOSS: torch.tensor([1.0, 2.0, 6.0]), X: torch.tensor([5.0, -1.0, 2.0])}
     found = table(samples, torch.tensor([0, 100, 800]))
-    empty = {key for key, value in found.items() if math.isnan(value)}
-    assert empty == {("loss", "t1"), ("loss", "t2"), ("energy", "t1"), ("energy", "t2")}
-    assert {key: value for key, value in found.items() if key not in empty} == {
+    assert found == {  # bins 1 and 2 are empty, and not there
         ("loss", "mean"): 3.0, ("loss", "min"): 1.0, ("loss", "max"): 6.0,
         ("loss", "t0"): 1.5, ("loss", "t3"): 6.0,
         ("energy", "mean"): 2.0, ("energy", "min"): -1.0, ("energy", "max"): 5.0,
         ("energy", "t0"): 2.0, ("energy", "t3"): 2.0,
-        ("samples", "t0"): 2.0, ("samples", "t1"): 0.0, ("samples", "t2"): 0.0,
-        ("samples", "t3"): 1.0,
+        ("samples", "t0"): 2.0, ("samples", "t3"): 1.0,
     }  # fmt: skip
 
 
@@ -64,7 +66,8 @@ def test_a_bad_sample_stays_in_its_bin_and_quantity(bad):
 def test_a_bin_holds_its_lower_edge_and_the_last_holds_the_rest(t):
     found = table({LOSS: torch.ones(1)}, torch.tensor([t]))
     expected = min(int(t // 250), 3)
-    assert [found["samples", f"t{b}"] for b in range(4)] == [b == expected for b in range(4)]
+    assert {stat for metric, stat in found if metric == "samples"} == {f"t{expected}"}
+    assert found["samples", f"t{expected}"] == 1
 
 
 def test_one_bin_holds_everything():
@@ -88,17 +91,29 @@ def test_numbers_are_kept_in_the_widest_type(dtypes, expected):
 
 
 def test_no_quantities_are_no_numbers():
-    assert summarise({}, None, EDGES)[0] == []
+    layout, values = summarise({}, None, EDGES)
+    assert len(layout) == len(values) == 0
+
+
+def test_the_same_quantities_have_the_same_layout_whatever_their_number_of_samples():
+    one, two = (summarise({LOSS: torch.ones(n)}, torch.zeros(n), EDGES)[0] for n in (1, 2))
+    assert one is two
+    assert per_sample({LOSS: torch.ones(2)})[0] is per_sample({LOSS: torch.zeros(2)})[0]
+
+
+def test_how_processes_are_joined():
+    layout, _ = summarise({LOSS: torch.ones(2)}, torch.zeros(2), EDGES)
+    joins = {(c.key.metric, c.key.stat): c.join for c in layout.columns if c.key}
+    assert joins == {
+        ("loss", "mean"): "sum", ("loss", "min"): "min", ("loss", "max"): "max",
+        **{(m, f"t{b}"): "sum" for m in ("loss", "samples") for b in range(4)},
+    }  # fmt: skip
+    assert {c.join for c in per_sample({LOSS: torch.ones(2)})[0].columns} == {"same"}
 
 
 def test_per_sample_keeps_each_number_with_its_sample():
-    keys, values = per_sample({LOSS: torch.tensor([1.0, 2.0]), X: torch.tensor([3.0])})
-    found = dict(zip(keys, values.tolist(), strict=True))
-    assert found == {
-        LOSS._replace(stat="s0"): 1.0,
-        LOSS._replace(stat="s1"): 2.0,
-        X._replace(stat="s0"): 3.0,
-    }
+    found = rows(*per_sample({LOSS: torch.tensor([1.0, 2.0]), X: torch.tensor([3.0])}))
+    assert found == {("loss", "s0"): 1.0, ("loss", "s1"): 2.0, ("energy", "s0"): 3.0}
 
 
 finite = st.floats(-1e6, 1e6)
@@ -110,8 +125,9 @@ def test_means_of_bins_make_the_mean(pairs):
     """The law of total expectation, and the order of mean, least and largest."""
     values, t = (torch.tensor(c, dtype=torch.float64) for c in zip(*pairs, strict=True))
     found = table({LOSS: values}, t)
-    parts = [(found["samples", f"t{b}"], found["loss", f"t{b}"]) for b in range(4)]
-    total = sum(n * mean for n, mean in parts if n)
+    there = [stat for metric, stat in found if metric == "samples"]
+    parts = [(found["samples", stat], found["loss", stat]) for stat in there]
+    total = sum(n * mean for n, mean in parts)
     assert sum(n for n, _ in parts) == len(values)
     assert total / len(values) == pytest.approx(found["loss", "mean"], rel=1e-9, abs=1e-6)
     assert found["loss", "min"] <= found["loss", "mean"] + 1e-9 * abs(found["loss", "mean"])

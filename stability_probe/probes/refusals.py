@@ -1,0 +1,37 @@
+"""Models that cannot be probed as they are: each is refused with what to do instead."""
+
+from torch import nn
+
+from stability_probe.errors import StabilityProbeError
+
+_WRAPPERS = {
+    "DataParallel": "its copies' records would be lost; use "
+    "torch.nn.parallel.DistributedDataParallel, one process a device",
+    "FullyShardedDataParallel": "it has no parameters of their own left to read; use "
+    "torch.distributed.fsdp.fully_shard",
+}
+
+
+def refuse_unfit(model: nn.Module, sensitivity_every: int) -> None:
+    """Check that records of a model would be right.
+
+    Args:
+        model: the network.
+        sensitivity_every: steps between scheduled measurements; 0 for none.
+
+    Raises:
+        StabilityProbeError: if they would not.
+    """
+    for module in model.modules():
+        why = _WRAPPERS.get(type(module).__name__)
+        if why is not None:
+            raise StabilityProbeError(
+                f"StabilityProbe: the model is in {type(module).__name__}: {why}"
+            )
+    sharded = [name for name, p in model.named_parameters() if hasattr(p, "to_local")]
+    if sharded and sensitivity_every:
+        raise StabilityProbeError(
+            f"StabilityProbe: {sharded[0]} is sharded over the processes, and the scheduled "
+            f"measurements need it whole, got sensitivity_every={sensitivity_every}; pass 0, and "
+            "measure a checkpoint with `stability-probe probe`"
+        )
