@@ -141,7 +141,10 @@ class StabilityProbe:
         refuse_unfit(self.model, self.sensitivity_every)
         with ExitStack() as stack:
             self._ranks = stack.enter_context(closing(Ranks.meet(self.config.timeout)))
-            handle = self.model.register_forward_pre_hook(self._at_first_input, with_kwargs=True)
+            # before the hooks of what shards a model: the pass that finds blocks is not inside another
+            handle = self.model.register_forward_pre_hook(
+                self._at_first_input, with_kwargs=True, prepend=True
+            )
             stack.callback(handle.remove)
             self._features.attach(self.model, stack)
             if self.run is not None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from stability_probe.skips.connection import SkipConnection
@@ -54,6 +55,8 @@ def parameter_blocks(
     """
     order = _Order()
     with ExitStack() as stack, evaluating(model), torch.enable_grad():
+        # What it saves is not for the backward pass of gradient checkpointing around it.
+        stack.enter_context(saved_tensors_hooks(_itself, _itself))
         for skip in skips:
             entered = Block("mid") if skip.level == len(skips) else Block("a", skip.level + 1)
             enter_decoder = skip.merged.attach(model, order.entering(Block("b", skip.level)))
@@ -67,11 +70,16 @@ def parameter_blocks(
             if name and any(True for _ in module.parameters(recurse=False)):
                 hook = module.register_forward_hook(order.running(name), prepend=True)
                 stack.callback(hook.remove)
-        frozen = {name: p.detach() for name, p in model.named_parameters()}
+        parameters = dict(model.named_parameters())
+        sharded = any(hasattr(p, "to_local") for p in parameters.values())
         args, kwargs = bound_arguments(model, args, kwargs)
-        track = _track_first_tensor()
+        track = _track_first_tensor(_as_seen if sharded else _as_leaf)
         args, kwargs = tuple(map(track, args)), {name: track(v) for name, v in kwargs.items()}
-        functional_call(model, frozen, args, kwargs)
+        if sharded:
+            _pass_of_sharded(model, args, kwargs)
+        else:
+            detached = {name: p.detach() for name, p in parameters.items()}
+            functional_call(model, detached, args, kwargs)
     gates = {name for name, module in model.named_modules() if isinstance(module, Scaling)}
     blocks = {}
     for name, _ in model.named_parameters():
@@ -81,8 +89,34 @@ def parameter_blocks(
     return blocks
 
 
-def _track_first_tensor() -> Callable[[Any], Any]:
-    """A function that makes the first tensor it is given a leaf that requires a gradient."""
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Seen(Tensor):
+    """A tensor that depends on the input: what is made of one is one."""
+
+
+def _as_seen(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(_Seen)
+
+
+def _as_leaf(tensor: Tensor) -> Tensor:
+    return _as_seen(tensor).requires_grad_()  # some parts of a model may run without gradients
+
+
+def _pass_of_sharded(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A pass of a model whose parameters are put together for it, and its parts as before."""
+    with torch.no_grad():
+        model(*args, **kwargs)
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)  # of what `fully_shard` made of a module
+        if callable(reshard):
+            reshard()
+
+
+def _track_first_tensor(mark: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """A function that marks the first tensor it is given."""
     found = False
 
     def track(value: Any) -> Any:
@@ -90,7 +124,7 @@ def _track_first_tensor() -> Callable[[Any], Any]:
         if found or not isinstance(value, Tensor):
             return value
         found = True
-        return value.detach().requires_grad_()
+        return mark(value)
 
     return track
 
@@ -99,7 +133,7 @@ class _Order:
     """Follows a forward pass: which block is running, and which layers saw the input in it.
 
     Parameters are detached and x_t is not, so an output requires a gradient just when it depends
-    on the input.
+    on the input; where they are sharded, and so cannot be, its type says so.
     """
 
     def __init__(self) -> None:
@@ -114,7 +148,7 @@ class _Order:
 
     def running(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.requires_grad:
+            if isinstance(output, Tensor) and (output.requires_grad or isinstance(output, _Seen)):
                 self.block_of.setdefault(name, self.current)
 
         return hook

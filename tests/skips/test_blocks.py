@@ -160,3 +160,15 @@ def test_dropout_is_off_and_draws_nothing():
     rng = torch.random.get_rng_state()
     parameter_blocks(model, skips, X, T)
     assert torch.equal(torch.random.get_rng_state(), rng)
+
+
+@models
+def test_a_sharded_model_has_the_same_blocks(build, args, expected):
+    """Its parameters cannot be replaced by detached ones, so dependence is followed by type."""
+    net = build()
+    skips = find_skips(net, *args)
+    for p in net.parameters():
+        p.to_local = lambda p=p: p  # as a DTensor has it
+    found = parameter_blocks(net, skips, *args)
+    assert found == parameter_blocks(build(), skips, *args)
+    assert all(p.requires_grad for p in net.parameters())
