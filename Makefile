@@ -1,6 +1,7 @@
 # `make demo` and `make test` need only Python 3.11, pip and make; they set up .venv themselves.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PEERS := .venv-peers/bin
 OUT ?= demo-out
 # The demo's and the tests' tensors are small: a second thread brings little, and on a busy machine
 # waiting threads slow everything down many times over.
@@ -8,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # A process a core; a file's tests stay together, so that what they share is made once.
 WORKERS ?= -n auto --dist loadfile
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-overhead bench-memory bench-growth clean
 
 demo: .venv/installed
 	$(BIN)/stability-probe demo --out $(OUT) --overwrite
@@ -25,10 +26,23 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/overhead.py
+	$(MAKE) bench-overhead
+	$(MAKE) bench-memory
+	$(MAKE) bench-growth
 	$(BIN)/python benchmarks/sigma_max.py
 	$(BIN)/python benchmarks/sample_gradients.py
 	$(BIN)/python benchmarks/tightness.py
+
+# For one part, BENCH holds options: make bench-overhead BENCH="--pairs 20".
+bench-overhead: .venv-peers/installed
+	$(PEERS)/python -m benchmarks.overhead $(BENCH)
+	$(PEERS)/python -m benchmarks.sensitivity
+
+bench-memory: .venv-peers/installed
+	$(PEERS)/python -m benchmarks.memory $(BENCH)
+
+bench-growth: .venv-peers/installed
+	$(PEERS)/python -m benchmarks.growth $(BENCH)
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,5 +50,14 @@ bench: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# What the probe is compared with stays out of the other environment. Where it cannot be installed,
+# its rows say so.
+.venv-peers/installed: pyproject.toml constraints.txt benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PEERS)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	-$(PEERS)/pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/peers.txt
+	touch $@
+
 clean:
-	rm -rf .venv $(OUT) build *.egg-info
+	rm -rf .venv .venv-peers bench-out $(OUT) build *.egg-info

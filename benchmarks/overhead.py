@@ -1,87 +1,148 @@
-"""What a probe costs: steps of a probed and a bare twin, interleaved, as paired ratios.
+"""What watching a training step costs: the probe and its peers against the bare step.
 
-    make bench
+    python -m benchmarks.overhead [--pairs N] [--only WORD] [--markdown]
 
-Each pair is one optimizer step of each twin, in alternating order, in one process. Pairs are not
-filtered, so run it on a quiet machine. The scheduled sensitivity measurements are left out.
+Two twins of a network take steps in turn, one watched and one not (`paired`); halfway they change
+places, so that what one has over the other by chance cancels. TorchLens's twin is in a process of
+its own. A row whose package is not installed says so. Rows are written to `bench-out/overhead.csv`
+as they come, and `--markdown` prints the README's table from that file.
 """
 
-import platform
-import statistics
-import time
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
-from stability_probe import StabilityProbe, find_skips
-from stability_probe.probes import per_sample_mse
-from stability_probe.runs import TrainConfig, build_model
-from stability_probe.skips.taps import first_tensor
+from benchmarks.contention import DISTURBED, Meter, rule
+from benchmarks.paired import Pair, Plan, Summary, interleave, ratios
+from benchmarks.remote import remote_step
+from benchmarks.report import (
+    OUT,
+    Row,
+    cell,
+    machine,
+    machine_line,
+    markdown,
+    read_csv,
+    shown,
+    verdict,
+    write_csv,
+)
+from benchmarks.twins import WORKLOADS, Workload, limit_threads
+from benchmarks.variants import VARIANTS, Variant
 
-PAIRS, WARMUP = 120, 10
-WORKLOADS = {
-    "UNet2DModel, 32×32, batch 8": (
-        TrainConfig(model="unet2d", n_skips=6, width=32),
-        (8, 1, 32, 32),
-    ),
-    "U-ViT, 13 blocks, width 128, batch 16": (
-        TrainConfig(model="uvit", n_skips=6, width=128),
-        (16, 1, 16, 16),
-    ),
-}
-
-
-class Twin:
-    """A model with its optimizer, taking identical steps."""
-
-    def __init__(self, config: TrainConfig, shape: tuple[int, ...]) -> None:
-        self.model = build_model(config, shape[1:])
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(shape, generator=generator)
-        self.t = torch.randint(1000, shape[:1], generator=generator)
-        self.probe: StabilityProbe | None = None
-
-    def step(self) -> float:
-        """Seconds that one optimizer step takes."""
-        started = time.perf_counter()
-        loss = per_sample_mse(first_tensor(self.model(self.x, self.t)), self.x)
-        loss.mean().backward()
-        self.optimizer.step()
-        if self.probe is not None:
-            self.probe.step(loss=loss)
-        self.optimizer.zero_grad()
-        return time.perf_counter() - started
+PAIRS, FEWEST = 200, 2
+"""Pairs of steps for the probe's rows: each half of them holds two flushes; and the fewest."""
+CSV = "overhead.csv"
+DIGITS = dict.fromkeys(("least", "median", "largest", "standard_error", "mean"), 3)
 
 
-def measure(config: TrainConfig, shape: tuple[int, ...]) -> list[float]:
-    """Ratios of a probed step to the bare step beside it."""
-    bare, probed = Twin(config, shape), Twin(config, shape)
-    skips = find_skips(probed.model, probed.x[:1], probed.t[:1])
-    with StabilityProbe(probed.model, skips, sensitivity_every=0) as probed.probe:
-        ratios = []
-        for pair in range(PAIRS + WARMUP):
-            if pair % 2:
-                without, with_probe = bare.step(), probed.step()
-            else:
-                with_probe, without = probed.step(), bare.step()
-            if pair >= WARMUP:
-                ratios.append(with_probe / without)
-    return ratios
+def plan_of(steps: int, period: int) -> Plan:
+    """Half of a row's pairs.
+
+    >>> plan_of(200, 1), plan_of(200, 10)
+    (Plan(pairs=100, block=1, warmup=10), Plan(pairs=10, block=10, warmup=10))
+    """
+    pairs = max(steps // 2 // period, FEWEST)
+    return Plan(pairs, period, warmup=10 if steps >= 100 else 3)
 
 
-def main() -> None:
-    """Print the table."""
-    table = Table(title=f"probed / bare step, {PAIRS} pairs, {platform.processor() or 'CPU'}")
-    for column in ("workload", "least", "median", "largest", "standard error"):
-        table.add_column(column, justify="left" if column == "workload" else "right")
-    for name, (config, shape) in WORKLOADS.items():
-        ratios = measure(config, shape)
-        error = statistics.stdev(ratios) / len(ratios) ** 0.5
-        numbers = (min(ratios), statistics.median(ratios), max(ratios), error)
-        table.add_row(name, *(f"{number:.3f}" for number in numbers))
-    Console().print(table)
+def measure(workload: Workload, variant: Variant, steps: int, folder: Path) -> list[Pair]:
+    """Pairs of a plain and a watched twin."""
+    meter = Meter()
+    if variant.apart:
+        plain = workload.twin()
+        with remote_step(workload, variant.name, folder) as step:
+            return interleave(plain.step, step, plan_of(2 * steps, 1), meter)
+    one, other = workload.twin(), workload.twin()
+    pairs = []
+    for half, (plain, watched) in enumerate(((one, other), (other, one))):
+        with variant.attach(watched, folder / str(half)) as period:
+            pairs += interleave(plain.step, watched.step, plan_of(steps, period), meter)
+    return pairs
+
+
+def row(workload: Workload, variant: Variant, pairs: Sequence[Pair]) -> Row:
+    """A line of the table; without pairs it says what is missing."""
+    found = ratios(pairs) if pairs else None
+    numbers = asdict(found) if found else {}
+    return {
+        "workload": workload.name,
+        "variant": variant.name,
+        **{name: numbers.get(name) for name in ("least", "median", "largest")},
+        "standard_error": numbers.get("error"),
+        "mean": numbers.get("mean"),
+        "steps_a_pair": pairs[0].steps if pairs else None,
+        "kept": numbers.get("kept"),
+        "dropped": numbers.get("dropped"),
+        "goal": variant.goal,
+        "verdict": verdict(numbers.get("median"), variant.goal),
+        "note": note(variant, found),
+    }
+
+
+def note(variant: Variant, found: Summary | None) -> str:
+    """What a reader of the numbers has to know."""
+    if found is None:
+        return f"{variant.needs} is not installed"
+    return DISTURBED if found.disturbed else ""
+
+
+def measured(workload: Workload, variant: Variant, pairs: int) -> Row:
+    """Measure one row."""
+    if not variant.installed:
+        return row(workload, variant, [])
+    steps = max(round(pairs * variant.share), 2 * FEWEST)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        return row(workload, variant, measure(workload, variant, steps, Path(folder)))
+
+
+def tables(console: Console, rows: Sequence[Row]) -> None:
+    """Print a table a workload, and which goals are met."""
+    for name in dict.fromkeys(str(r["workload"]) for r in rows):
+        columns = [c for c in rows[0] if c not in ("workload", "goal")]
+        mine = [{c: r[c] for c in columns} for r in rows if r["workload"] == name]
+        console.print(shown(f"{name}: a watched step over a bare one", mine, DIGITS))
+    console.print(f"mean: of all steps, those that store to disk included. {rule()}")
+    for r in rows:
+        if r["goal"] is not None:
+            goal = f"median {cell(r['median'], 3)}, goal at most {r['goal']}: {r['verdict']}"
+            console.print(f"{r['workload']}: {r['variant']}: {goal} {r['note']}", markup=False)
+    console.print(machine_line(machine()))
+
+
+def options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.overhead", description="Cost of a step")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of steps, for the probe's rows")
+    parser.add_argument("--only", default="", help="variants with this word in their name")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the CSV file")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the README's table of the last run"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print, or print what was measured."""
+    chosen, console = options(arguments), Console(width=150)
+    if chosen.markdown:
+        before = read_csv(chosen.out / CSV)
+        print(f"{markdown(before)}\n\n{machine_line(before[0])}")
+        return
+    limit_threads()
+    rows: list[Row] = []
+    for workload in WORKLOADS:
+        for variant in VARIANTS:
+            if chosen.only in variant.name:
+                rows.append(measured(workload, variant, chosen.pairs))
+                write_csv(chosen.out / CSV, rows)
+                median = cell(rows[-1]["median"], 3)
+                console.print(f"{workload.name}: {variant.name}: {median}", markup=False)
+    tables(console, rows)
 
 
 if __name__ == "__main__":
