@@ -33,6 +33,11 @@ Runs = Annotated[list[Path], typer.Argument(help="Run folders, or folders with r
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
+def _setting(default: str, text: str) -> Any:
+    """An option for a setting that has its default elsewhere, to tell whether it was given."""
+    return typer.Option(help=f"{text}  [default: {default}]", show_default=False)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for runs, figures and verdicts.")],
@@ -41,53 +46,69 @@ def demo(
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier demo in the folder.")] = False,
 ) -> None:
     """Train a U-ViT on digits under five scalings of its skips, verify the theorems, plot."""
-    from stability_probe.cli.console import print_verdicts
+    from stability_probe.cli.console import print_costs, print_verdicts
     from stability_probe.cli.demo import run_demo
+    from stability_probe.runs import open_runs
 
     print_verdicts(run_demo(out, steps, seeds, overwrite))
-    print(f"figures: {out / 'figures'}\nverdicts: {out / 'verdicts.json'}\nruns: {out / 'runs'}")
+    print_costs(open_runs([out / "runs"]))
+    print(f"\nfigures: {out / 'figures'}\nverdicts: {out / 'verdicts.json'}\nruns: {out / 'runs'}")
 
 
 @app.command()
 def train(
+    out: Annotated[Path, typer.Option(help="Run folder to make.")],
     scheme: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Scaling: unscaled, inverse-sqrt2, uniform:C, cs:KAPPA, kappa:C,C,C, ls, "
-            "ls-non-shared, freeu or sc-tuner."
+            "ls-non-shared, freeu or sc-tuner. Needed unless a run is resumed."
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Run folder to make.")],
-    steps: Steps = 300,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
-    data: Annotated[str, typer.Option(help="digits, faces, photos, mnist or uniform.")] = "digits",
-    model: Annotated[str, typer.Option(help="uvit, unet2d or theory-unet.")] = "uvit",
-    n_skips: Annotated[int, typer.Option(help="Number N of long skips.")] = 6,
-    width: Annotated[int, typer.Option(help="Token width or base channels.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 1e-3,
-    every: Annotated[int, typer.Option(help="Record each n-th step.")] = 1,
+    ] = None,
+    steps: Annotated[int | None, _setting("300", "Optimizer steps.")] = None,
+    seed: Annotated[int | None, _setting("0", "Seed of weights, data and noise.")] = None,
+    data: Annotated[
+        str | None, _setting("digits", "digits, faces, photos, mnist or uniform.")
+    ] = None,
+    model: Annotated[str | None, _setting("uvit", "uvit, unet2d or theory-unet.")] = None,
+    n_skips: Annotated[int | None, _setting("6", "Number N of long skips.")] = None,
+    width: Annotated[int | None, _setting("64", "Token width or base channels.")] = None,
+    batch_size: Annotated[
+        int | None, _setting("64", "Samples a step, over all processes together.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _setting("0.001", "Of AdamW, after the warm-up.")
+    ] = None,
+    every: Annotated[int | None, _setting("1", "Record each n-th step.")] = None,
     sensitivity_every: Annotated[
-        int, typer.Option(help="Steps between sensitivity measurements; 0 for none.")
-    ] = 100,
+        int | None, _setting("100", "Steps between sensitivity measurements; 0 for none.")
+    ] = None,
+    save_every: Annotated[
+        int | None,
+        _setting("50", "Steps between savings of what --resume goes on from; 0 for none."),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="File for the trained weights, as `probe` reads them.")
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in the folder, with its settings; start it if there is none.",
+        ),
+    ] = False,
 ) -> None:
     """Train one network with a probe attached."""
-    from stability_probe.cli.console import progress
-    from stability_probe.runs import RecordConfig, TrainConfig, record_training
+    from stability_probe.cli.train import TrainOptions, run_train
 
-    config = TrainConfig(
-        scheme=scheme, steps=steps, seed=seed, data=data, model=model, n_skips=n_skips,
-        width=width, batch_size=batch_size, learning_rate=learning_rate,
-    )  # fmt: skip
-    probing = RecordConfig(every=every, sensitivity_every=sensitivity_every)
-    with progress() as display:
-        task = display.add_task(scheme, total=steps)
-        run = record_training(config, out, probing, lambda _: display.advance(task), weights)
-    probe = run.info["probe"]
-    print(f"run: {run.path}\nprobe overhead: {probe['overhead']:.1%} of a bare step")
+    settings = {
+        "scheme": scheme, "steps": steps, "seed": seed, "data": data, "model": model,
+        "n_skips": n_skips, "width": width, "batch_size": batch_size,
+        "learning_rate": learning_rate, "every": every, "sensitivity_every": sensitivity_every,
+        "save_every": save_every,
+    }  # fmt: skip
+    given = {name: value for name, value in settings.items() if value is not None}
+    run_train(TrainOptions(out, given, resume, weights))
 
 
 @app.command()
@@ -103,12 +124,13 @@ def verify(
 
     With one folder given, its verdicts.json is written as well.
     """
-    from stability_probe.cli.console import print_verdicts
+    from stability_probe.cli.console import print_costs, print_verdicts
     from stability_probe.runs import open_runs
     from stability_probe.runs.run import finite, write_json
     from stability_probe.verify import verify as verify_runs
 
-    verdicts = verify_runs(open_runs(runs))
+    opened = open_runs(runs)
+    verdicts = verify_runs(opened)
     rows = [v.as_dict() for v in verdicts]
     file = out or (runs[0] / "verdicts.json" if len(runs) == 1 else None)
     if file is not None:
@@ -119,6 +141,7 @@ def verify(
         print(json.dumps(finite(rows), indent=2, ensure_ascii=False))
     else:
         print_verdicts(verdicts)
+        print_costs(opened)
     if strict and any(v.status == "VIOLATED" for v in verdicts):
         raise typer.Exit(1)
 

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from stability_probe.runs import Run
 from stability_probe.skips import SkipConnection
 from stability_probe.verify import Verdict
 
@@ -74,6 +75,29 @@ def _table(rows: Sequence[Sequence[Text]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def print_costs(runs: Sequence[Run]) -> None:
+    """Print what the probe itself took in every run that says so, in seconds.
+
+    The overhead is that of hooks, steps and storing, over the time in which the probe did nothing;
+    the scheduled measurements are apart.
+    """
+    costs = {run.name: run.info.get("probe") for run in runs}
+    known = {name: cost for name, cost in costs.items() if cost}
+    if not known:
+        return
+    names = {
+        "hooks_s": "hooks", "step_s": "steps", "flush_s": "storing",
+        "sensitivity_s": "measurements", "elapsed_s": "whole run",
+    }  # fmt: skip
+    table = plain_table(["run", "overhead", *names.values()], left=["run"])
+    for name, cost in known.items():
+        seconds = [number(cost[key]) for key in names]
+        table.add_row(name, f"{cost['overhead']:.1%}", *seconds)
+    console = out()
+    console.print(Text("\nWhat the probe took, in seconds", style="bold"))
+    console.print(table)
 
 
 def print_skips(skips: Sequence[SkipConnection]) -> None:

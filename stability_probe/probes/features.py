@@ -5,8 +5,11 @@ Hooks reduce every tensor they see to one number a sample, on its device, and ke
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -17,9 +20,13 @@ from torch import Tensor, nn
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.records import Key
 from stability_probe.skips import OutputTap, SkipConnection, SliceTap, Tap
+from stability_probe.skips.taps import Observer, tensors_of
 
 Site = tuple[str, int]
 """A quantity of Eq. 4: its name and its level."""
+
+_EARLIER = -1
+"""Stands for the number of a pass of an earlier step."""
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
@@ -31,6 +38,24 @@ def untraced(hook: Hook) -> Hook:
         "without fullgraph=True"
     )
     return cast(Hook, torch.compiler.disable(hook, reason=reason))
+
+
+_OFF: ContextVar[bool] = ContextVar("off", default=False)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Run a model without any probe on it taking that for training."""
+    token = _OFF.set(True)
+    try:
+        yield
+    finally:
+        _OFF.reset(token)
+
+
+def is_unwatched() -> bool:
+    """Whether no probe is to take what runs now for training."""
+    return _OFF.get()
 
 
 def sample_energy(tensor: Tensor, samples: int | None = None) -> Float[Tensor, " batch"]:
@@ -49,9 +74,18 @@ def sample_energy(tensor: Tensor, samples: int | None = None) -> Float[Tensor, "
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """‖v_s‖ of every sample, wherever its entries lie in memory: no copy is made."""
+    """‖v_s‖ of every sample, wherever its entries lie in memory: no copy is made.
+
+    Raises:
+        StabilityProbeError: if there are no samples.
+    """
     tensor = tensor.detach()
-    if tensor.ndim == 1:
+    if tensor.ndim < 2:
+        if tensor.ndim == 0:
+            raise StabilityProbeError(
+                "StabilityProbe: the model's output, or a feature, is one number and has no "
+                "samples; a model that returns a loss too has to return its output before it"
+            )
         tensor = tensor[:, None]
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=dtype)
@@ -69,10 +103,15 @@ class FeatureProbe:
     Attributes:
         active: whether training passes are looked at.
         seen: whether there has been one.
-        norms: ‖·‖ per sample for every pass since `clear`, by site.
+        passes: how many there have been since `clear`.
+        norms: ‖·‖ per sample for each of them, by site.
         gradients: ‖∂L/∂·‖ per sample likewise, once for every backward pass, with the number of the
             forward pass that it belongs to: backward passes come in another order.
-        noise_level: t per sample likewise, where the model's second tensor is one number a sample.
+        unhooked: the numbers of the passes in which a tensor had no gradient when it passed.
+        entered: the number of the pass that the backward pass has reached, where that is needed.
+        views: tensors that share their memory, with how often that had been written to.
+        unfit: why the records of this step would be wrong, if they would.
+        noise_level: t per sample, where the model's second tensor is one number a sample.
         seconds: time spent in the hooks.
     """
 
@@ -85,9 +124,13 @@ class FeatureProbe:
 
     def clear(self) -> None:
         """Forget what was seen."""
+        self.passes = 0
         self.norms: dict[Site, list[Tensor]] = {}
         self.gradients: dict[Site, list[tuple[int, Tensor]]] = {}
-        self.unhooked: dict[Site, list[int]] = {}
+        self.unhooked: dict[Site, set[int]] = {}
+        self.entered: int | None = None
+        self.views: list[tuple[Site, Tensor, int]] = []
+        self.unfit: str | None = None
         self.noise_level: list[Tensor] = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -102,22 +145,28 @@ class FeatureProbe:
 
         def watch(
             tap: Tap, site: str, level: int, *, grad: bool = False, first: bool = False
-        ) -> None:
+        ) -> _Observer:
             # A slice is a new tensor that no gradient flows to: watch the whole and cut that.
             cut = tap if isinstance(tap, SliceTap) else None
             observer = _Observer(self, (site, level), grad, cut)
             whole = cut.whole if cut else tap
             stack.callback(whole.attach(model, observer, first=first).remove)
+            return observer
 
         for s in self.skips:
-            watch(s.skip, "u", s.level, grad=True, first=True)  # before any scaling
+            u = watch(s.skip, "u", s.level, grad=True, first=True)  # before any scaling
+            if u.cut is None:
+                u.seam = _Seam()
+            if u.seam is not None and isinstance(s.feature, OutputTap):
+                place = replace(s.feature, call=None)
+                stack.callback(place.attach(model, u.seam).remove)
             watch(s.skip, "ku", s.level)  # after it
             watch(s.merged, "merged", s.level)
             watch(s.decoded, "h", s.level - 1, grad=True)
         if self.skips:
             watch(self.skips[-1].main, "h", len(self.skips), grad=True)
         watch(OutputTap(""), "output", 0)
-        end = model.register_forward_hook(self._on_output, always_call=True)
+        end = model.register_forward_hook(_End(self), always_call=True)
         stack.callback(end.remove)
 
     def samples(self, grad_scale: float | Tensor) -> dict[Key, Tensor]:
@@ -125,7 +174,13 @@ class FeatureProbe:
 
         Args:
             grad_scale: what the loss was multiplied by before the backward pass.
+
+        Raises:
+            StabilityProbeError: if it would be wrong.
         """
+        self.look_at_views()
+        if self.unfit is not None:
+            raise StabilityProbeError(f"StabilityProbe.step: {self.unfit}")
         energy = dict(zip(self.norms, _squares(self.norms.values()), strict=True))
         energy |= {("z", i): e for (site, i), e in energy.items() if site == "h" and i > 0}
         found = {Key("energy", site, level, ""): e for (site, level), e in energy.items()}
@@ -144,6 +199,22 @@ class FeatureProbe:
             found[Key("feature_grad_energy", site, level, "")] = e
         return found
 
+    @property
+    def watching(self) -> bool:
+        """Whether a training pass would be looked at now."""
+        return self.active and not is_unwatched()
+
+    def look_at_views(self) -> None:
+        """See whether what shares its memory has been written to since it passed."""
+        for (site, level), view, version in self.views:
+            if view._version != version:
+                self.unfit = (
+                    f"{site}_{level} is a view of another tensor that is written to in place after "
+                    "it has passed, so that its gradient cannot be told; change the model's code "
+                    "from `h += ...` to `h = h + ...` there"
+                )
+        self.views = []
+
     @untraced
     def _on_input(
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
@@ -154,13 +225,13 @@ class FeatureProbe:
                 "torch.nn.DataParallel, whose copies' records would be lost; use "
                 "torch.nn.parallel.DistributedDataParallel, one process a device"
             )
-        if not self.active:
+        if not self.watching:
             return
         started = time.perf_counter()
-        in_backward = torch._C._current_graph_task_id() != -1
-        self.passing = torch.is_grad_enabled() and not in_backward
+        self.passing = torch.is_grad_enabled() and not _in_backward()
         if self.passing:
             self.seen = True
+            self.passes += 1
             bound = self._signature.bind(*args, **kwargs)
             given = (*bound.args, *bound.kwargs.values())
             tensors = [v for v in given if isinstance(v, Tensor)]
@@ -170,54 +241,130 @@ class FeatureProbe:
                 self.noise_level.append(t.detach().reshape(-1).expand(len(x)).float())
         self.seconds += time.perf_counter() - started
 
+    def _on_output(self, output: Any) -> None:
+        if not self.watching:
+            return
+        reached: Callable[[Tensor], None] | None = None
+        if self.passing:
+            if self.unhooked:
+                reached = partial(self._enter, self.unhooked, self.passes - 1)
+        elif torch.is_grad_enabled() and _in_backward():
+            reached = self._refuse  # a repetition that was seen before gets no gradient
+        self.passing = False
+        for tensor in tensors_of(output) if reached is not None else ():
+            if tensor.requires_grad:
+                tensor.register_hook(reached)
+
+    def _enter(self, unhooked: dict[Site, set[int]], number: int, gradient: Tensor) -> None:
+        """The backward pass has reached a pass, perhaps one of an earlier step."""
+        self.entered = number if unhooked is self.unhooked else _EARLIER
+
+    def _refuse(self, gradient: Tensor) -> None:
+        """The loss depends on a pass that was made during the backward pass."""
+        self.seen = True
+        self.unfit = (
+            "the whole model is inside gradient checkpointing with use_reentrant=True, so that its "
+            "training pass has no gradients; pass use_reentrant=False, or checkpoint its blocks"
+        )
+
+
+class _Seam(Observer):
+    """Lets no graph of `torch.compile` contain both the making of a tensor and uses of it.
+
+    The gradient that flows through those uses would stay inside the graph.
+    """
+
+    def __init__(self) -> None:
+        self._passed: weakref.ref[Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Seam, ()
+
     @untraced
-    def _on_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.active:
-            self.passing = False
+    def __call__(self, tensor: Tensor) -> None:
+        self._passed = weakref.ref(tensor)
+
+    def hides(self, tensor: Tensor) -> bool:
+        """Whether a graph may contain uses of a tensor, so that its gradient is not all there."""
+        compiled = type(tensor.grad_fn).__name__ == "CompiledFunctionBackward"
+        return compiled and (self._passed is None or self._passed() is not tensor)
 
 
-class _Observer:
+class _End:
+    """Ends a pass, behind all that look at its output."""
+
+    last = True
+
+    def __init__(self, probe: FeatureProbe) -> None:
+        self.probe = probe
+
+    @untraced
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.probe._on_output(output)
+
+
+class _Observer(Observer):
     """Appends the energy of what passes, and of its gradient when that comes."""
 
     def __init__(self, probe: FeatureProbe, site: Site, grad: bool, cut: SliceTap | None) -> None:
         self.probe, self.site, self.grad, self.cut = probe, site, grad, cut
+        self.seam: _Seam | None = None
 
     @untraced
     def __call__(self, tensor: Tensor) -> None:
         probe = self.probe
-        if not probe.active:
+        if not probe.watching:
             return
         if not probe.passing:
             self._repeated(tensor)
             return
         started = time.perf_counter()
-        passes = probe.norms.setdefault(self.site, [])
         if self.grad:
+            number = probe.passes - 1
             if tensor.requires_grad:
-                tensor.register_hook(partial(self._on_gradient, len(passes)))
+                self._hook(tensor, number)
             else:
-                probe.unhooked.setdefault(self.site, []).append(len(passes))
-        passes.append(_norm(self._part(tensor)))
+                probe.unhooked.setdefault(self.site, set()).add(number)
+        probe.norms.setdefault(self.site, []).append(_norm(self._part(tensor)))
         probe.seconds += time.perf_counter() - started
 
     def _repeated(self, tensor: Tensor) -> None:
         """A tensor that passes outside a watched pass: if it is a repetition, watch its gradient.
 
-        Backward passes go through the forward passes last in, first out.
+        What non-reentrant checkpointing repeats inside a repetition has a graph that no gradient
+        flows through.
         """
         waiting = self.probe.unhooked.get(self.site)
-        in_backward = torch._C._current_graph_task_id() != -1
-        if waiting and in_backward and tensor.requires_grad:
-            tensor.register_hook(partial(self._on_gradient, waiting.pop()))
+        if waiting and tensor.requires_grad and _in_backward():
+            number = self.probe.entered
+            if number is None and self.probe.passes == 1:
+                number = 0
+            if number in waiting:
+                self._hook(tensor, number)
 
-    def _on_gradient(self, forward_pass: int, gradient: Tensor) -> None:
+    def _hook(self, tensor: Tensor, number: int) -> None:
+        if self.seam is not None and self.seam.hides(tensor):
+            return
+        tensor.register_hook(partial(self._on_gradient, self.probe.gradients, number))
+        if tensor._is_view():
+            self.probe.views.append((self.site, tensor.detach(), tensor._version))
+
+    def _on_gradient(
+        self, gradients: dict[Site, list[tuple[int, Tensor]]], number: int, gradient: Tensor
+    ) -> None:
         started = time.perf_counter()
-        found = self.probe.gradients.setdefault(self.site, [])
-        found.append((forward_pass, _norm(self._part(gradient))))
+        if self.probe.views and not self.probe.passing:
+            self.probe.look_at_views()
+        gradients.setdefault(self.site, []).append((number, _norm(self._part(gradient))))
         self.probe.seconds += time.perf_counter() - started
 
     def _part(self, tensor: Tensor) -> Tensor:
         return self.cut.cut(tensor) if self.cut else tensor
+
+
+def _in_backward() -> bool:
+    """Whether this thread is in a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _seen_alike(energy: dict[Site, Tensor], level: int) -> bool:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.batch import ProbeBatch
 from stability_probe.probes.buffer import Outgoing, RecordBuffer
-from stability_probe.probes.features import FeatureProbe, untraced
+from stability_probe.probes.features import FeatureProbe, is_unwatched, untraced, unwatched
 from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.ranks import Ranks
 from stability_probe.probes.records import Key, RunFolder, as_frame
-from stability_probe.probes.refusals import refuse_unfit
+from stability_probe.probes.refusals import measurable, refuse_unfit
 from stability_probe.probes.sensitivity import SensitivityConfig, SensitivityProbe
 from stability_probe.probes.store import Store
 from stability_probe.probes.summaries import per_sample, summarise
@@ -140,8 +140,8 @@ class StabilityProbe:
         self._entered = True
         refuse_unfit(self.model, self.sensitivity_every)
         with ExitStack() as stack:
-            self._ranks = stack.enter_context(closing(Ranks.meet(self.config.timeout)))
-            # before the hooks of what shards a model: the pass that finds blocks is not inside another
+            self._ranks = Ranks.meet(self.config.timeout)
+            # Before the hooks of what shards a model, so that blocks are found outside its pass.
             handle = self.model.register_forward_pre_hook(
                 self._at_first_input, with_kwargs=True, prepend=True
             )
@@ -187,7 +187,7 @@ class StabilityProbe:
         self._ended = time.perf_counter()
         if self._ranks.first:
             reason = None if error is None else f"{type(error).__name__}: {error}"
-            reasons = [text for text in (reason, self._ranks.lost) if text]
+            reasons = [text for text in (reason, self.missing) if text]
             self._store.end("; ".join(reasons) or None, {"probe": self.cost()})
 
     def step(
@@ -244,6 +244,11 @@ class StabilityProbe:
         """
         self.flush()
         return self._store.frame()
+
+    @property
+    def missing(self) -> str | None:
+        """Which records should be stored and are not, and why; `None` if there are none."""
+        return "; ".join(text for text in (self._ranks.lost, self._store.missing) if text) or None
 
     def cost(self) -> dict[str, float]:
         """What the probe itself has cost.
@@ -308,30 +313,15 @@ class StabilityProbe:
         finally:
             self._seconds[name] += time.perf_counter() - started
 
-    @contextmanager
-    def _unwatched(self) -> Iterator[None]:
-        """Run the model without taking its features for those of training."""
-        active, self._features.active = self._features.active, False
-        try:
-            with eagerly():
-                yield
-        finally:
-            self._features.active = active
-
     @untraced
     def _at_first_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Learn which parameter is in which block, and keep a batch to probe on."""
-        if self._blocks is not None or not torch.is_grad_enabled():
+        if self._blocks is not None or is_unwatched() or not torch.is_grad_enabled():
             return
-        self._blocks = {}  # the forward pass that finds them comes here too
-        try:
-            with self._timed("sensitivity"), self._unwatched():
-                self._blocks = parameter_blocks(self.model, self.skips, *args, **kwargs)
-        except Exception:
-            self._blocks = None  # the model refuses this input: learn from the next
-            raise
+        with self._timed("sensitivity"), unwatched(), eagerly():
+            self._blocks = parameter_blocks(self.model, self.skips, *args, **kwargs)
         self._parameters = ParameterProbe(self.model, self._blocks, self.config.updates)
         if self._moved_from:
             self._parameters.load_state_dict(self._moved_from)
@@ -383,7 +373,13 @@ class StabilityProbe:
         probe = SensitivityProbe(
             self.model, self.skips, self._blocks, self._batch, self.config.sensitivity
         )
-        with self._unwatched():
+        with (
+            unwatched(),
+            eagerly(),
+            torch.inference_mode(False),
+            torch.autocast(self._batch.x.device.type, enabled=False),
+            measurable(),
+        ):
             self._buffer.add(self.steps, *per_sample(probe.measure()))
 
     def _bin_edges(self, device: torch.device) -> Tensor:

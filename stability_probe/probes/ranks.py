@@ -60,6 +60,7 @@ class Ranks:
         world = dist.get_world_size()
         try:
             # Of our own, so that no collective of the training is waited for or put out of order.
+            # It goes with the training's: to destroy one after a collective was seen to hang.
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         except RuntimeError as error:
             raise StabilityProbeError(
@@ -123,12 +124,6 @@ class Ranks:
         if received is None:
             return []
         return join([[Part(Layout(columns), *rest) for columns, *rest in r] for r in received])
-
-    def close(self) -> None:
-        """Give the process group back."""
-        if self._group is not None and dist.is_initialized():
-            dist.destroy_process_group(self._group)
-        self._group = None
 
 
 def join(parts_of: Sequence[Sequence[Part]]) -> list[Part]:

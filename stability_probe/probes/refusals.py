@@ -1,5 +1,8 @@
 """Models that cannot be probed as they are: each is refused with what to do instead."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from stability_probe.errors import StabilityProbeError
@@ -35,3 +38,18 @@ def refuse_unfit(model: nn.Module, sensitivity_every: int) -> None:
             f"measurements need it whole, got sensitivity_every={sensitivity_every}; pass 0, and "
             "measure a checkpoint with `stability-probe probe`"
         )
+
+
+@contextmanager
+def measurable() -> Iterator[None]:
+    """Say what to do where reentrant gradient checkpointing does not let a model be measured."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise StabilityProbeError(
+            "StabilityProbe: gradient checkpointing with use_reentrant=True does not give the "
+            "derivatives that the scheduled measurements take; pass use_reentrant=False, or leave "
+            "them away with sensitivity_every=0"
+        ) from error

@@ -58,12 +58,11 @@ class Store:
         return joined([stored, *self._waiting]) if self._waiting else stored
 
     def end(self, reason: str | None, info: Mapping[str, Any]) -> None:
-        """Write how the run ended, and that it has failed if a reason or missing records say so."""
+        """Write how the run ended: that it has failed, if there is a reason to say so."""
         if self._run is None:
             return
-        known = "; ".join(text for text in (reason, self.missing) if text)
         try:
-            self._run.end("failed" if known else "complete", known or None, info)
+            self._run.end("complete" if reason is None else "failed", reason, info)
         except (OSError, StabilityProbeError) as error:
             self._warn(error, "its run.json does not say how it ended")
 

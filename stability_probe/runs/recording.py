@@ -1,25 +1,41 @@
 """Training runs and ensembles of random networks, recorded into run folders."""
 
+import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stability_probe.errors import StabilityProbeError
+from stability_probe.errors import StabilityProbeError, TrainingDiverged
 from stability_probe.models import TheoryUNet
 from stability_probe.probes import ProbeBatch, ProbeConfig, StabilityProbe
 from stability_probe.probes.buffer import RecordBuffer
 from stability_probe.probes.features import FeatureProbe
+from stability_probe.probes.ranks import RecordWarning
 from stability_probe.probes.records import Key
 from stability_probe.probes.sample_gradients import MEMORY, sample_gradients
 from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.runs.data import load_images
+from stability_probe.runs.processes import from_main, is_main, join
+from stability_probe.runs.resuming import (
+    Start,
+    discard_state,
+    find_start,
+    refuse_unwritable,
+    save_state,
+    settings_from,
+    write_whole,
+)
 from stability_probe.runs.run import Run
 from stability_probe.runs.training import (
     TrainConfig,
+    Training,
     TrainStep,
     build_model,
     noise_scheduler,
@@ -36,6 +52,8 @@ from stability_probe.skips import (
     scale_skips,
 )
 
+WEIGHTS = "the weights cannot be written"
+
 
 @dataclass(frozen=True)
 class RecordConfig:
@@ -47,6 +65,11 @@ class RecordConfig:
         probe_samples: samples whose energies and gradients are measured then.
         sensitive_samples: how many of them Jacobian norms are taken on.
         probe: further settings of the probe; its range of noise levels is that of the training.
+        save_every: steps between two savings of the training state, from which a run that was
+            stopped goes on; 0 for none.
+
+    Raises:
+        StabilityProbeError: if `save_every` is negative.
     """
 
     every: int = 1
@@ -54,6 +77,16 @@ class RecordConfig:
     probe_samples: int = 96
     sensitive_samples: int = 8
     probe: ProbeConfig | None = None
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.save_every < 0:
+            raise StabilityProbeError(f"save_every must be at least 0, got {self.save_every}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings, as JSON has them."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
 
 def record_training(
@@ -62,8 +95,11 @@ def record_training(
     probing: RecordConfig | None = None,
     on_step: Callable[[TrainStep], None] | None = None,
     weights: Path | None = None,
+    resume: bool = False,
 ) -> Run:
     """Train a network with a probe attached and record it.
+
+    In several processes, all of them call this; the main one writes.
 
     Args:
         config: the run.
@@ -71,6 +107,8 @@ def record_training(
         probing: what to record.
         on_step: called after every step, e.g. to move a progress bar.
         weights: a file for the trained weights, those of the scheme under `se` included.
+        resume: go on with the run of these settings if the folder holds it, from the last training
+            state that was saved. The records will be those of a run that never stopped.
 
     Returns:
         The finished run.
@@ -81,52 +119,117 @@ def record_training(
     """
     probing = probing or RecordConfig()
     images = load_images(config.data)
-    run = Run(path, config.as_dict())
-    model = build_model(config, images.shape[1:])
-    batch = probe_batch(config, images, probing.probe_samples, probing.sensitive_samples)
-    skips = find_skips(model, *batch.head(1).args)
-    with ExitStack() as stack:
-        scheme = seeded_scaling(config.scheme, config.seed)
-        scaled = stack.enter_context(scale_skips(model, skips, scheme))
-        probe = stack.enter_context(
-            StabilityProbe(
-                model,
-                skips,
-                every=probing.every,
-                sensitivity_every=probing.sensitivity_every,
-                run=run,
-                batch=batch,
-                config=replace(
-                    probing.probe or ProbeConfig(), noise_levels=float(config.noise_levels)
-                ),
-            )
-        )
-        run.update(
-            {
-                "kind": "training",
-                "seed": config.seed,
-                "scheme": config.scheme,
-                "kappa": scaled.kappa,
-                "unmet": scheme.unmet,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "input": _input_moments(config, images),
-            }
-        )
-        for step in train(model, images, config):
-            probe.step(loss=step.loss)
-            if on_step is not None:
-                on_step(step)
-        if weights is not None:
-            _save_weights(model, weights)
+    run = Run(path, config.as_dict(), {"probing": probing.as_dict()})
+    join()
+    start = from_main(lambda: _find_start(run, weights, resume))
+    try:
+        if not start.finished:
+            _record(run, images, (config, probing), start, on_step, weights)
+    except TrainingDiverged:
+        from_main(lambda: discard_state(run))
+        raise
+    from_main(lambda: discard_state(run))
     return run
 
 
-def _save_weights(model: nn.Module, file: Path) -> None:
+def recorded_settings(run: Run) -> tuple[TrainConfig, RecordConfig]:
+    """What a run was asked to do when `record_training` started it.
+
+    Raises:
+        StabilityProbeError: if its `run.json` does not say, as that of an earlier version.
+    """
+    config = settings_from(TrainConfig, run.config, run)
+    return config, settings_from(RecordConfig, run.info.get("probing", {}), run)
+
+
+def _find_start(run: Run, weights: Path | None, resume: bool) -> Start:
+    """Where to start, once everything that is to be written is known to be writable."""
+    start = find_start(run, resume)
+    if weights is not None and not start.finished:
+        refuse_unwritable(weights, WEIGHTS)
+    return start
+
+
+def _record(
+    run: Run,
+    images: Tensor,
+    settings: tuple[TrainConfig, RecordConfig],
+    start: Start,
+    on_step: Callable[[TrainStep], None] | None,
+    weights: Path | None,
+) -> None:
+    """Train from the start that was found to the last step."""
+    config, probing = settings
+    with ExitStack() as stack:
+        model, training, probe = _set_up(run, images, settings, stack)
+        if start.again:
+            from_main(run.clear)
+        if start.state is not None:
+            training.load_state_dict(start.state["training"])
+            probe.load_state_dict(start.state["probe"])
+            start.state.clear()  # it is as large as the model and its optimizer
+        stack.enter_context(probe)
+        for step in training:
+            probe.step(loss=step.loss)
+            if on_step is not None:
+                on_step(step)
+            due = probing.save_every and step.step % probing.save_every == 0
+            if due and step.step < config.steps and training.finite:
+                _save(run, training, probe)
+        if weights is not None:
+            state = model.state_dict()
+            from_main(lambda: write_whole(weights, partial(torch.save, state), WEIGHTS))
+
+
+def _set_up(
+    run: Run, images: Tensor, settings: tuple[TrainConfig, RecordConfig], stack: ExitStack
+) -> tuple[nn.Module, Training, StabilityProbe]:
+    """The scaled model, its training, and a probe that is still to be entered."""
+    config, probing = settings
+    model = build_model(config, images.shape[1:])
+    batch = probe_batch(config, images, probing.probe_samples, probing.sensitive_samples)
+    skips = find_skips(model, *batch.head(1).args)
+    scheme = seeded_scaling(config.scheme, config.seed)
+    scaled = stack.enter_context(scale_skips(model, skips, scheme))
+    run.about |= {
+        "kind": "training",
+        "seed": config.seed,
+        "scheme": config.scheme,
+        "kappa": scaled.kappa,
+        "unmet": scheme.unmet,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "input": _input_moments(config, images),
+    }
+    training = train(model, images, config)
+    noise_levels = float(config.noise_levels)
+    probe = StabilityProbe(
+        model,
+        skips,
+        every=probing.every,
+        sensitivity_every=probing.sensitivity_every,
+        run=run,
+        batch=batch,
+        config=replace(probing.probe or ProbeConfig(), noise_levels=noise_levels),
+    )
+    return model, training, probe
+
+
+def _save(run: Run, training: Training, probe: StabilityProbe) -> None:
+    """Store the records, and the training state that goes with them; a full disk ends nothing.
+
+    Where records could not be stored, the state of an earlier step stays, after which they can be
+    taken again.
+    """
+    probe.flush()
+    probed = probe.state_dict()
+    probed.pop("batch", None)  # it follows from the settings
+    state = {"training": training.state_dict(), "probe": probed}
+    if probe.missing or not is_main():
+        return
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), file)
-    except (OSError, RuntimeError) as error:  # torch reports a missing folder as the latter
-        raise StabilityProbeError(f"{file}: the weights cannot be written ({error})") from error
+        save_state(run, state)
+    except StabilityProbeError as error:
+        warnings.warn(f"{error}; training goes on", RecordWarning, stacklevel=2)
 
 
 def _input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]:

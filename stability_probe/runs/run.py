@@ -2,10 +2,11 @@
 
     run.json               configuration, seed, versions, skips, κ, state, the probe's own cost
     records/part-*.parquet  records, each part written whole and renamed into place
+    training-state.pt       what a training that stops can go on from (`resuming`)
     verdicts.json, figures/ what was made of them
 
 A part appears under its final name when it is complete and not before, so a run that was killed
-at any moment is read up to its last part.
+at any moment is read up to its last part. What has a name ending in `.partial` was never finished.
 """
 
 import errno
@@ -37,6 +38,7 @@ class Run:
     Args:
         path: the folder.
         config: what the run is: anything JSON can hold, stored in `run.json`.
+        about: what else `run.json` says from the start, beside the configuration.
 
     >>> import tempfile
     >>> run = Run(Path(tempfile.mkdtemp()) / "cs", {"scheme": "cs:0.7"})
@@ -45,10 +47,16 @@ class Run:
     'running'
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
-        self.config = dict(config or {})
+        self.config, self.about = dict(config or {}), dict(about or {})
         self._last_part: int | None = None  # number of the last part, once it is known
+        self._cleared = False
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -96,9 +104,11 @@ class Run:
         """Make the folder and write `run.json` with state `running`.
 
         Raises:
-            StabilityProbeError: if the folder holds a run already, or cannot be written.
+            StabilityProbeError: if the folder holds a run already that has not been cleared, or
+                cannot be written.
         """
-        self.refuse_if_taken()
+        if not self._cleared:
+            self.refuse_if_taken()
         try:
             (self.path / "records").mkdir(parents=True, exist_ok=True)
             (self.path / "figures").mkdir(exist_ok=True)
@@ -107,15 +117,32 @@ class Run:
                 f"{self.path}: cannot be written ({error.strerror}); choose another folder"
             ) from error
         start = {"schema": SCHEMA, "state": "running", "reason": None, "config": self.config}
-        self._write_info({**start, "versions": _versions(), **info})
+        if self._cleared:
+            start["resumed"] = self._resumed(0)
+        self._write_info({**start, "versions": _versions(), **self.about, **info})
 
     def resume(self, step: int) -> None:
-        """Go on with a run that stopped after `step`: later records are dropped.
+        """Go on with a run that stopped after `step`: later records are dropped, the last first.
+
+        `run.json` says `running` again, and lists under `resumed` the steps after which the run
+        was gone on with.
+
+        Raises:
+            StabilityProbeError: if it is no run, has a damaged part, or cannot be written.
+        """
+        self.update({"state": "running", "reason": None, "resumed": self._resumed(step)})
+        self._drop_after(step)
+
+    def clear(self) -> None:
+        """Drop all records, the last first, so that `begin` can start the run anew.
+
+        Until it does, `run.json` stays as it is: a run that is killed in between is still known.
 
         Raises:
             StabilityProbeError: if the folder cannot be written.
         """
-        raise NotImplementedError
+        self._drop_after(0)
+        self._cleared = True
 
     def refuse_if_taken(self) -> None:
         """Check that the folder is free for a run.
@@ -150,13 +177,7 @@ class Run:
             self._last_part = max(
                 (int(p.stem.removeprefix("part-")) for p in self._parts()), default=0
             )
-        part = self.path / "records" / f"part-{self._last_part + 1:06d}.parquet"
-        partial = part.with_suffix(".partial")
-        try:
-            frame.astype(dict.fromkeys(_CATEGORIES, "category")).to_parquet(partial, index=False)
-            _replace(partial, part)
-        except OSError as error:
-            raise StabilityProbeError(f"{part}: cannot be written ({error})") from error
+        self._write_part(self.path / "records" / f"part-{self._last_part + 1:06d}.parquet", frame)
         self._last_part += 1
 
     def end(self, state: str, reason: str | None, info: Mapping[str, Any]) -> None:
@@ -169,14 +190,7 @@ class Run:
         Raises:
             StabilityProbeError: if a part is damaged.
         """
-        frames = []
-        for part in self._parts():
-            try:
-                frames.append(pd.read_parquet(part, columns=list(COLUMNS)))
-            except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-                raise StabilityProbeError(
-                    f"{part}: damaged ({str(error).splitlines()[0]}); move it away to read the rest"
-                ) from error
+        frames = [self._read_part(part) for part in self._parts()]
         if not frames:
             return empty_frame()
         frame = pd.concat([f.astype(dict.fromkeys(_CATEGORIES, object)) for f in frames])
@@ -189,6 +203,46 @@ class Run:
     def _parts(self) -> list[Path]:
         """The completed parts, in order."""
         return sorted((self.path / "records").glob("part-*.parquet"))
+
+    def _read_part(self, part: Path) -> pd.DataFrame:
+        try:
+            return pd.read_parquet(part, columns=list(COLUMNS))
+        except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+            raise StabilityProbeError(
+                f"{part}: damaged ({str(error).splitlines()[0]}); move it away to read the rest"
+            ) from error
+
+    def _write_part(self, part: Path, frame: pd.DataFrame) -> None:
+        partial = part.with_suffix(".partial")
+        try:
+            frame.astype(dict.fromkeys(_CATEGORIES, "category")).to_parquet(partial, index=False)
+            put_in_place(partial, part)
+        except OSError as error:
+            raise StabilityProbeError(f"{part}: cannot be written ({error})") from error
+
+    def _drop_after(self, step: int) -> None:
+        """Drop the records of later steps and what was never finished."""
+        try:
+            for partial in [*self.path.glob("*.partial"), *self.path.glob("records/*.partial")]:
+                partial.unlink()
+            for part in reversed(self._parts()):
+                frame = self._read_part(part) if step else empty_frame()
+                kept = frame[frame.step <= step]
+                if len(kept) == 0:
+                    part.unlink()
+                    continue
+                if len(kept) < len(frame):
+                    self._write_part(part, kept)
+                break
+        except OSError as error:
+            raise StabilityProbeError(
+                f"{self.path}: cannot be written ({error.strerror}), and so not be gone on with"
+            ) from error
+        self._last_part = None
+
+    def _resumed(self, step: int) -> list[int]:
+        """The steps after which the run was gone on with, one more added."""
+        return [*self.info.get("resumed", []), step]
 
     def _write_info(self, info: Mapping[str, Any]) -> None:
         self.write_json("run.json", info)
@@ -206,7 +260,7 @@ def write_json(path: Path, value: Any) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         partial.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
-        _replace(partial, path)
+        put_in_place(partial, path)
     except OSError as error:
         raise StabilityProbeError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -244,8 +298,12 @@ def open_runs(paths: Sequence[str | Path]) -> list[Run]:
     return [Run.open(folder) for folder in folders.values()]
 
 
-def _replace(partial: Path, final: Path) -> None:
-    """Flush a file to disk and give it its final name."""
+def put_in_place(partial: Path, final: Path) -> None:
+    """Flush a file to disk and give it its final name, in the place of what has it.
+
+    Raises:
+        OSError: if that cannot be done.
+    """
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, final)

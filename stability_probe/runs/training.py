@@ -1,27 +1,27 @@
 r"""A small diffusion training loop: variance-preserving noise, ε-prediction, per-sample loss.
 
 $x_t = \alpha_t x_0 + \sigma_t\epsilon$ with $\alpha_t^2 + \sigma_t^2 = 1$; the network predicts
-$\epsilon$, and $\ell_s$ is the mean squared error of sample s over its pixels. `train` is a
-generator that yields once a step, so that whoever records sees each step from outside the loop.
+$\epsilon$, and $\ell_s$ is the mean squared error of sample s over its pixels. `train` returns an
+iterator over steps, so that whoever records sees each step from outside the loop.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_constant_schedule_with_warmup
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from stability_probe.errors import StabilityProbeError, TrainingDiverged
 from stability_probe.models import TheoryUNet, UViT, UViTConfig
 from stability_probe.probes import ProbeBatch, per_sample_mse
+from stability_probe.runs.batches import Batches
 from stability_probe.runs.data import DATASETS
+from stability_probe.runs.processes import from_all, join
 from stability_probe.skips import parse_scaling
 from stability_probe.skips.taps import first_tensor
 
@@ -43,7 +43,7 @@ class TrainConfig:
         model: `uvit`, `unet2d` (diffusers' UNet2DModel) or `theory-unet` (Eq. 4).
         n_skips: N, the number of long skips; a UNet2DModel takes 4, 6, 8, ....
         width: token width of the U-ViT, or base channels of the UNet2DModel.
-        batch_size: samples a step.
+        batch_size: samples a step, over all processes.
         learning_rate: of AdamW, after the warm-up.
         warmup: steps over which the learning rate rises from 0.
         weight_decay: of AdamW.
@@ -100,8 +100,8 @@ class TrainStep:
 
     Attributes:
         step: counted from 1.
-        loss: ℓ_s of every sample.
-        noise_level: t of every sample.
+        loss: ℓ_s of every sample of this process.
+        noise_level: t of every sample of this process.
         learning_rate: what the step was taken with.
     """
 
@@ -172,8 +172,11 @@ def probe_batch(config: TrainConfig, images: Tensor, size: int, sensitive: int) 
     return ProbeBatch((x, t), target=noise, sensitive=sensitive)
 
 
-def train(model: nn.Module, images: Tensor, config: TrainConfig) -> Iterator[TrainStep]:
-    """Train with AdamW after a linear warm-up; yields once a step, before gradients are zeroed.
+def train(model: nn.Module, images: Tensor, config: TrainConfig) -> "Training":
+    """Train with AdamW after a linear warm-up; what is returned gives one step after another.
+
+    Several processes (`accelerate launch`, `torchrun`) share every batch evenly and take the same
+    steps, up to rounding, as one alone.
 
     Args:
         model: takes (x_t, t) and predicts the noise; it is trained in place.
@@ -181,45 +184,134 @@ def train(model: nn.Module, images: Tensor, config: TrainConfig) -> Iterator[Tra
         config: the run.
 
     Raises:
-        StabilityProbeError: if there are no images.
-        TrainingDiverged: after a step whose loss is not finite has been yielded.
+        StabilityProbeError: if there are no images, or no equal shares of a batch.
+        TrainingDiverged: after a step whose loss is not finite has been given.
     """
-    if len(images) == 0:
-        raise StabilityProbeError("the data set is empty: at least one image is needed, got 0")
-    accelerator = Accelerator()
-    generator = torch.Generator().manual_seed(config.seed)
-    loader = DataLoader(
-        TensorDataset(images),
-        batch_size=min(config.batch_size, len(images)),
-        shuffle=True,
-        drop_last=True,
-        generator=generator,
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    warmup = get_constant_schedule_with_warmup(optimizer, config.warmup)
-    model, optimizer, loader, warmup = accelerator.prepare(model, optimizer, loader, warmup)
-    scheduler = noise_scheduler(config)
-    model.train()
-    for step, x0 in enumerate(_endless(loader), start=1):
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        t = torch.randint(config.noise_levels, x0.shape[:1], generator=generator).to(x0.device)
-        output = first_tensor(model(scheduler.add_noise(x0, noise, t), t))
+    return Training(model, images, config)
+
+
+class Training(Iterator[TrainStep]):
+    """A training under way: an iterator that takes one step each time it is asked for one.
+
+    Until the next one is asked for, the gradients of a step are still there.
+
+    Attributes:
+        step: the number of steps that have been taken.
+        finite: whether every loss of the last one, in all processes, was finite.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, config: TrainConfig) -> None:
+        if len(images) == 0:
+            raise StabilityProbeError("the data set is empty: at least one image is needed, got 0")
+        self.config = config
+        self.step = 0
+        self.finite = True
+        self._accelerator = join()
+        self._batch_size = min(config.batch_size, len(images))
+        self._share = _share(
+            self._batch_size, self._accelerator.num_processes, self._accelerator.process_index
+        )
+        self._images, self._model = images, model
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._batches = Batches(len(images), self._batch_size, self._generator)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self._warmup = get_constant_schedule_with_warmup(optimizer, config.warmup)
+        self._wrapped, self._optimizer = self._accelerator.prepare(model, optimizer)
+        self._schedule = noise_scheduler(config)
+        model.train()
+
+    def __next__(self) -> TrainStep:
+        self._optimizer.zero_grad()
+        if not self.finite:
+            raise TrainingDiverged(
+                f"the loss was not finite at step {self.step} of {self.config.steps}"
+            )
+        if self.step >= self.config.steps:
+            raise StopIteration
+        x0, noise, t = self._draw()
+        output = first_tensor(self._wrapped(self._schedule.add_noise(x0, noise, t), t))
         loss = per_sample_mse(output, noise)
-        accelerator.backward(loss.mean())
-        learning_rate = float(warmup.get_last_lr()[0])
-        optimizer.step()
-        warmup.step()
-        yield TrainStep(step, loss.detach(), t, learning_rate)
-        optimizer.zero_grad()
-        if not bool(loss.isfinite().all()):
-            raise TrainingDiverged(f"the loss was not finite at step {step} of {config.steps}")
-        if step >= config.steps:
-            return
+        self._accelerator.backward(loss.mean())
+        learning_rate = float(self._warmup.get_last_lr()[0])
+        self._optimizer.step()
+        if not self._accelerator.optimizer_step_was_skipped:
+            self._warmup.step()
+        self.step += 1
+        broken = (~loss.detach().isfinite()).sum()
+        self.finite = int(self._accelerator.reduce(broken, "sum")) == 0
+        return TrainStep(self.step, loss.detach(), t, learning_rate)
+
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's share of x_0, of the noise and of t: all draw the whole batch alike."""
+        chosen = next(self._batches)[self._share]
+        shape = (self._batch_size, *self._images.shape[1:])
+        noise = torch.randn(shape, generator=self._generator)
+        t = torch.randint(self.config.noise_levels, (self._batch_size,), generator=self._generator)
+        whole = (self._images[chosen], noise[self._share], t[self._share])
+        x0, noise, t = (tensor.to(self._accelerator.device) for tensor in whole)
+        return x0, noise, t
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on; call it in all processes.
+
+        The tensors are not copied: they change with the next step.
+        """
+        scaler = self._accelerator.scaler
+        return {
+            "step": self.step,
+            "model": self._model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "warmup": self._warmup.state_dict(),
+            "scaler": {} if scaler is None else scaler.state_dict(),
+            "generator": self._generator.get_state(),
+            "batches": self._batches.state_dict(),
+            "random": from_all(_random_state(self._accelerator.device)),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the step that another training of the same run has reached.
+
+        The global random state is set to what it was then, as networks may draw from it.
+        """
+        self.step = int(state["step"])
+        self._model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._warmup.load_state_dict(state["warmup"])
+        if self._accelerator.scaler is not None and state["scaler"]:
+            self._accelerator.scaler.load_state_dict(state["scaler"])
+        self._generator.set_state(state["generator"])
+        self._batches.load_state_dict(state["batches"])
+        if self._accelerator.process_index < len(state["random"]):
+            _set_random_state(state["random"][self._accelerator.process_index])
 
 
-def _endless(loader: Any) -> Iterator[Tensor]:
-    while True:
-        for (x0,) in loader:
-            yield x0
+def _share(batch_size: int, processes: int, index: int) -> slice:
+    """One process's samples of a batch.
+
+    Raises:
+        StabilityProbeError: if they would not all have as many.
+    """
+    if batch_size % processes:
+        raise StabilityProbeError(
+            f"batch_size counts the samples of all processes, and must be a multiple of their "
+            f"number {processes}, got {batch_size}; change one of the two"
+        )
+    size = batch_size // processes
+    return slice(index * size, (index + 1) * size)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the global generators that a network on a device draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def _set_random_state(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    for kind, state in states.items():
+        if kind != "cpu":
+            torch.get_device_module(kind).set_rng_state(state)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.utils._python_dispatch import _disable_current_modes
 
 from stability_probe.skips.connection import SkipConnection
 from stability_probe.skips.find import evaluating
@@ -55,8 +56,9 @@ def parameter_blocks(
     """
     order = _Order()
     with ExitStack() as stack, evaluating(model), torch.enable_grad():
-        # What it saves is not for the backward pass of gradient checkpointing around it.
+        # Gradient checkpointing around the model would take what this pass does for training.
         stack.enter_context(saved_tensors_hooks(_itself, _itself))
+        stack.enter_context(_disable_current_modes())
         for skip in skips:
             entered = Block("mid") if skip.level == len(skips) else Block("a", skip.level + 1)
             enter_decoder = skip.merged.attach(model, order.entering(Block("b", skip.level)))

@@ -25,6 +25,7 @@ from stability_probe.skips.taps import (
     Handle,
     TensorFn,
     count_calls,
+    stays_behind,
     submodule,
 )
 
@@ -57,8 +58,10 @@ class OperandTap:
             watched = _WatchedForward(module)
             module.__dict__["forward"] = watched
         with ExitStack() as stack:
-            site = _Site(self, fn, count_calls(model, self.module, self.call, stack))
+            counter = count_calls(model, self.module, self.call, stack)
+            site = _Site(self, fn, counter, last=stays_behind(fn, first))
             watched.sites.insert(0 if first else len(watched.sites), site)
+            watched.sites.sort(key=lambda site: site.last)
             stack.callback(watched.drop, site)
             return Attached(stack.pop_all())
 
@@ -70,6 +73,7 @@ class _Site:
     tap: OperandTap
     fn: TensorFn
     counter: CallCounter | None
+    last: bool
 
     @property
     def on(self) -> bool:

@@ -22,6 +22,18 @@ TensorFn = Callable[[Tensor], Tensor | None]
 """Called with the tensor at a tap; a tensor that it returns takes the place of the first."""
 
 
+class Observer:
+    """A function for a tap that looks and changes nothing.
+
+    Unless it was attached as the first, it stays behind what is attached later and may change the
+    tensor.
+    """
+
+    def __call__(self, tensor: Tensor) -> None:
+        """The tensor passes."""
+        raise NotImplementedError
+
+
 @runtime_checkable
 class Handle(Protocol):
     """What undoes an attachment."""
@@ -64,8 +76,10 @@ class OutputTap:
         """See `Tap.attach`."""
         module = submodule(model, self.module)
         with ExitStack() as stack:
-            hook = _OutputHook(fn, count_calls(model, self.module, self.call, stack))
+            counter = count_calls(model, self.module, self.call, stack)
+            hook = _OutputHook(fn, counter, last=stays_behind(fn, first))
             stack.callback(module.register_forward_hook(hook, prepend=first).remove)
+            _last_ones_last(module._forward_hooks)
             return Attached(stack.pop_all())
 
 
@@ -95,10 +109,12 @@ class ArgumentTap:
                 f"(it has {', '.join(names)}); was the skip found on another model?"
             )
         with ExitStack() as stack:
-            counter = count_calls(model, self.module, self.call, stack)
-            hook = _ArgumentHook(fn, self, names.index(self.argument), counter)
+            hook = _ArgumentHook(fn, self, names.index(self.argument), stays_behind(fn, first))
             handle = module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
             stack.callback(handle.remove)
+            _last_ones_last(module._forward_pre_hooks)
+            # A call is counted before the hook asks for its number, even if it is the first.
+            hook.counter = count_calls(model, self.module, self.call, stack)
             return Attached(stack.pop_all())
 
 
@@ -134,10 +150,22 @@ class SliceTap:
         return torch.cat([before, part, after], dim=self.dim)
 
 
+def stays_behind(fn: TensorFn, first: bool) -> bool:
+    """Whether a function has to see what those make of a tensor that are attached later."""
+    return isinstance(fn, Observer) and not first
+
+
+def _last_ones_last(hooks: dict[int, Any]) -> None:
+    """Move those hooks to the end that stay behind the others."""
+    for number in [number for number, hook in hooks.items() if getattr(hook, "last", False)]:
+        hooks[number] = hooks.pop(number)
+
+
 @dataclass
 class _OutputHook:
     fn: TensorFn
     counter: "CallCounter | None"
+    last: bool
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.counter is not None and not self.counter.now:
@@ -151,7 +179,8 @@ class _ArgumentHook:
     fn: TensorFn
     tap: ArgumentTap
     position: int
-    counter: "CallCounter | None"
+    last: bool
+    counter: "CallCounter | None" = None
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -342,12 +371,15 @@ def first_tensor(output: Any) -> Tensor:
     Raises:
         StabilityProbeError: if there is none.
     """
-    if isinstance(output, Tensor):
-        return output
-    for item in _items(output):
-        if isinstance(item, Tensor):
-            return item
+    for tensor in tensors_of(output):
+        return tensor
     raise StabilityProbeError(f"no tensor found in an output of type {type(output).__name__}")
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The output itself, or the tensors of a tuple, list, dict or dataclass."""
+    items = (output,) if isinstance(output, Tensor) else _items(output)
+    return (item for item in items if isinstance(item, Tensor))
 
 
 def _items(output: Any) -> Iterable[Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stability_probe import Run
-from stability_probe.runs import data, recording
+from stability_probe.runs import data
 from tests.oracles.evidence import (
     altered,
     complete,
@@ -68,11 +68,6 @@ class TestTrain:
         line = refused(*train("freeu", tmp_path / "other"))
         assert "needs feature maps with two spatial dimensions" in line
 
-    def test_weights_that_cannot_be_written(self, refused, tmp_path):
-        (tmp_path / "file").touch()
-        line = refused(*train("ls", tmp_path / "run", "--weights", tmp_path / "file" / "w.pth"))
-        assert "the weights cannot be written" in line
-
     def test_settings_reach_the_run(self, cli, tmp_path):
         options = ("--seed", 5, "--data", "uniform", "--learning-rate", 1e-4, "--steps", 4,
                    "--every", 2)  # fmt: skip
@@ -111,20 +106,6 @@ class TestTrain:
     def test_a_run_that_diverged_is_still_evidence(self, cli, tmp_path, command):
         cli(*train("cs:0.7", tmp_path / "run", "--steps", 50, "--learning-rate", 1e9))
         assert cli(command, tmp_path / "run").code == 0
-
-    def test_a_training_that_is_interrupted(self, cli, tmp_path, monkeypatch):
-        def one_step(*args):
-            yield next(recording_train(*args))
-            raise KeyboardInterrupt
-
-        recording_train = recording.train
-        monkeypatch.setattr(recording, "train", one_step)
-        result = cli(*train("cs:0.7", tmp_path / "run"))
-        assert result.code == 130
-        assert result.complaints == ["error: interrupted; what was recorded is kept"]
-        run = Run.open(tmp_path / "run")
-        assert run.info["state"] == "failed" and "KeyboardInterrupt" in run.info["reason"]
-        assert set(run.records().step) == {1}
 
     def test_an_empty_data_set(self, refused, tmp_path, monkeypatch):
         monkeypatch.setitem(data.DATASETS, "digits", lambda: torch.empty(0, 1, 8, 8))
@@ -283,7 +264,7 @@ class TestBadInput:
         [
             ((), "Missing command"),
             (("nonsense",), "No such command 'nonsense'"),
-            (("train",), "Missing option '--scheme'"),
+            (("train",), "Missing option '--out'"),
             (("train", "--scheme", "cs:0.7"), "Missing option '--out'"),
             (("demo",), "Missing option '--out'"),
             (("verify",), "Missing argument"),

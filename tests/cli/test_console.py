@@ -1,6 +1,7 @@
 import pytest
 
-from stability_probe.cli.console import print_verdicts, progress
+from stability_probe.cli.console import print_costs, print_verdicts, progress
+from stability_probe.runs import Run
 from stability_probe.verify import Verdict
 
 
@@ -57,6 +58,26 @@ def test_names_are_printed_as_they_are(capsys, run):
 def test_no_verdicts(capsys):
     print_verdicts([])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def run_that_cost(path, **seconds):
+    run = Run(path)
+    run.begin({"probe": seconds} if seconds else {})
+    return run
+
+
+def test_costs_are_a_row_a_run_that_has_them(capsys, tmp_path):
+    parts = {"hooks_s": 1.25, "step_s": 0.5, "flush_s": 0.25, "sensitivity_s": 3.0}
+    run = run_that_cost(tmp_path / "cs", elapsed_s=105.0, overhead=0.02, **parts)
+    print_costs([run, run_that_cost(tmp_path / "random-networks")])
+    *_, header, row = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "run"
+    assert row.split() == ["cs", "2.0%", "1.25", "0.5", "0.25", "3", "105"]
+
+
+def test_no_costs_are_no_table(capsys, tmp_path):
+    print_costs([run_that_cost(tmp_path / "random-networks")])
+    assert capsys.readouterr().out == ""
 
 
 def test_progress_is_on_stderr(capsys):

@@ -6,7 +6,7 @@ network is written down here by hand, gradients come from `retain_grad`, and sta
 
 import operator
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -85,6 +85,12 @@ def run_pass(net: nn.Module, x: Tensor, t: Tensor) -> Pass:
 
         return hook
 
+    def keep_added(level: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.ku[level] = args[1]
+
+        return hook
+
     with ExitStack() as stack:
         for i in range(1, n + 1):
             hooks = (
@@ -94,12 +100,14 @@ def run_pass(net: nn.Module, x: Tensor, t: Tensor) -> Pass:
             )
             for hook in hooks:
                 stack.callback(hook.remove)
+            if where.add:
+                hook = where.decoder[i - 1].register_forward_pre_hook(keep_added(i))
+                stack.callback(hook.remove)
         stack.callback(where.middle.register_forward_hook(keep(seen.h, n)).remove)
         seen.output = output_of(net, x, t)
     for i in range(1, n + 1):
         if where.add:
             seen.z[i] = seen.h[i]
-            seen.ku[i] = seen.merged[i] - seen.h[i]
         else:
             width = seen.u[i].shape[where.dim]
             sizes = [seen.merged[i].shape[where.dim] - width, width]
@@ -120,22 +128,40 @@ def expected_step(
     grad_scale: float = 1.0,
     bins: int = 4,
     levels: float = 1000.0,
+    within: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[Row, float]:
-    """The rows of one step, gradients accumulated over `batches`; they stay in the parameters."""
+    """The rows of one step, gradients accumulated over `batches`; they stay in the parameters.
+
+    Forward passes run `within` a context.
+    """
     passes = []
     for x, t, target in batches:
-        seen = run_pass(net, x, t)
+        with within():
+            seen = run_pass(net, x, t)
         seen.loss = (seen.output - target).square().flatten(1).mean(1)
         (grad_scale * seen.loss.mean() / len(batches)).backward()
         passes.append(seen)
+    rows = expected_samples(passes, places(net).add, grad_scale, bins=bins, levels=levels)
+    return rows | expected_parameters(net, grad_scale)
+
+
+def expected_samples(
+    passes: Sequence[Pass],
+    add: bool,
+    grad_scale: float = 1.0,
+    *,
+    bins: int = 4,
+    levels: float = 1000.0,
+) -> dict[Row, float]:
+    """The rows of passes that have gone forward and back, merging by a sum or a concatenation."""
     t = torch.cat([p.t for p in passes]).numpy()
     rows: dict[Row, float] = {}
-    for (metric, site, level), values in _per_sample(net, passes, grad_scale).items():
+    for (metric, site, level), values in _per_sample(passes, add, grad_scale).items():
         for stat, value in _statistics(values, t, bins, levels).items():
             rows[metric, site, level, stat] = value
     for b, inside in _bins(t, bins, levels).items():
         rows["samples", "loss", 0, b] = float(inside.sum())
-    return rows | expected_parameters(net, grad_scale)
+    return rows
 
 
 def expected_parameters(net: nn.Module, grad_scale: float = 1.0) -> dict[Row, float]:
@@ -144,7 +170,7 @@ def expected_parameters(net: nn.Module, grad_scale: float = 1.0) -> dict[Row, fl
     for name, p in net.named_parameters():
         if p.requires_grad:
             kind, level = block_of(net, name)
-            grad = torch.zeros_like(p) if p.grad is None else p.grad / grad_scale
+            grad = torch.zeros_like(p) if p.grad is None else p.grad.double() / grad_scale
             rows["grad_energy", f"{kind}/{name}", level, "value"] = energy(grad[None]).item()
             rows["param_energy", f"{kind}/{name}", level, "value"] = energy(p[None]).item()
     return rows
@@ -156,10 +182,10 @@ def energy(v: Tensor) -> Tensor:
 
 
 def _per_sample(
-    net: nn.Module, passes: Sequence[Pass], grad_scale: float
+    passes: Sequence[Pass], add: bool, grad_scale: float
 ) -> dict[tuple[str, str, int], np.ndarray]:
     found: dict[tuple[str, str, int], np.ndarray] = {}
-    n, add = len(passes[0].u), places(net).add
+    n = len(passes[0].u)
 
     def put(metric: str, site: str, level: int, value: Callable[[Pass], Tensor]) -> None:
         found[metric, site, level] = torch.cat([value(p).detach() for p in passes]).numpy()
@@ -172,16 +198,16 @@ def _per_sample(
             put("energy", site, i, lambda p, site=site, i=i: energy(getattr(p, site)[i]))
         put("kappa", "skip", i, lambda p, i=i: (energy(p.ku[i]) / energy(p.u[i])).sqrt())
         put("cross", "merge", i, lambda p, i=i: _cross(p.z[i], p.ku[i], add))
-        put("feature_grad_energy", "u", i, lambda p, i=i: energy(p.u[i].grad / grad_scale))
+        put("feature_grad_energy", "u", i, lambda p, i=i: energy(p.u[i].grad.double() / grad_scale))
     for i in range(n + 1):
         put("energy", "h", i, lambda p, i=i: energy(p.h[i] if i < n else p.z[n]))
-        put("feature_grad_energy", "h", i, lambda p, i=i: energy(p.h[i].grad / grad_scale))
+        put("feature_grad_energy", "h", i, lambda p, i=i: energy(p.h[i].grad.double() / grad_scale))
     return found
 
 
 def _cross(z: Tensor, ku: Tensor, add: bool) -> Tensor:
     """‖merged‖² − ‖z‖² − ‖κu‖² by its other formula: 2⟨z, κu⟩ of a sum, 0 of a concatenation."""
-    return 2 * (z * ku).flatten(1).sum(1) if add else torch.zeros(len(z))
+    return 2 * (z.double() * ku.double()).flatten(1).sum(1) if add else torch.zeros(len(z))
 
 
 def _bins(t: np.ndarray, bins: int, levels: float) -> dict[str, np.ndarray]:

@@ -12,9 +12,11 @@ import pytest
 
 
 def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the plain functions of models and skips back, in classes and modules."""
+    """Put the plain functions of models, skips and probes back, in classes and modules."""
     for name, module in list(sys.modules.items()):
-        if not name.startswith(("stability_probe.models", "stability_probe.skips")):
+        if not name.startswith(
+            tuple(f"stability_probe.{p}" for p in ("models", "skips", "probes"))
+        ):
             continue
         owners = [v for v in vars(module).values() if getattr(v, "__module__", "") == name]
         for owner in (module, *(v for v in owners if isinstance(v, type))):

@@ -263,7 +263,6 @@ def test_one_process_has_nobody_to_wait_for():
     assert ranks.gather(parts) == parts
     with pytest.raises(ZeroDivisionError):
         ranks.together(lambda: 1 / 0)
-    ranks.close()
 
 
 def test_frames_of_joined_parts_have_the_columns_of_records():

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.oracles.forks import Forks
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
@@ -11,3 +13,10 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A process that has imported everything and calls functions in forks of itself."""
+    with Forks() as started:
+        yield started

@@ -63,6 +63,14 @@ class TestLife:
         assert (run.path / "records").is_dir()
         assert (run.path / "figures").is_dir()
 
+    def test_begin_writes_what_the_run_is_about(self, tmp_path):
+        run = Run(tmp_path / "run", {"seed": 3}, {"kind": "training", "skips": None})
+        run.about["kappa"] = [1.0]
+        run.begin({"skips": [1]})
+        info = run.info
+        assert (info["kind"], info["kappa"], info["skips"]) == ("training", [1.0], [1])
+        assert info["config"] == {"seed": 3}
+
     def test_records_are_the_parts_in_order(self, run):
         assert tuple(run.records().columns) == COLUMNS
         assert run.records().empty
@@ -314,7 +322,8 @@ from stability_probe import Run, StabilityProbe, TheoryUNet, find_skips
 from stability_probe.probes import ProbeConfig
 torch.set_num_threads(1)
 net, x = TheoryUNet(8, 2), torch.randn(4, 8)
-options = dict(sensitivity_every=0, run=Run(sys.argv[1]), config=ProbeConfig(flush_every=2))
+options = dict(every=1, sensitivity_every=0, config=ProbeConfig(flush_every=2))
+options["run"] = Run(sys.argv[1])
 with StabilityProbe(net, find_skips(net, x), **options) as probe:
     step = 0
     while True:
