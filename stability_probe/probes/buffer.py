@@ -24,36 +24,36 @@ class _Ring:
         self.room[len(self.steps)].copy_(values)
         self.steps.append(step)
 
-    def copy(self) -> Tensor:
-        """What is in it, on its way to the host: on a GPU the copy has only been queued."""
+    def copy(self) -> tuple[Tensor, torch.cuda.Event | None]:
+        """What is in it, on the host; on a GPU the copy is queued, and the event comes after it."""
         filled = self.room[: len(self.steps)]
         if not filled.is_cuda:
-            return filled.to(torch.float64, copy=True)
-        host = torch.empty(filled.shape, dtype=filled.dtype, pin_memory=True)
-        return host.copy_(filled, non_blocking=True)
+            return filled.to("cpu", copy=True), None
+        with torch.cuda.device(filled.device):
+            host = torch.empty(filled.shape, dtype=filled.dtype, pin_memory=True)
+            host.copy_(filled, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return host, event
 
 
 class Outgoing:
     """Numbers on their way off the device."""
 
-    def __init__(self, parts: Sequence[tuple[Layout, list[int], Tensor]], queued: bool) -> None:
-        self._parts = list(parts)
-        self._event: torch.cuda.Event | None = None
-        if queued:
-            self._event = torch.cuda.Event()
-            self._event.record()
+    def __init__(self, rings: Sequence[tuple[Layout, _Ring]]) -> None:
+        self._parts = [(layout, ring.steps, *ring.copy()) for layout, ring in rings]
 
     @property
     def arrived(self) -> bool:
         """Whether they are there for sure, without waiting."""
-        return self._event is None
+        return all(event is None for *_, event in self._parts)
 
     def parts(self) -> list[Part]:
         """The numbers, waited for."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        return [Part(layout, steps, v.double().numpy()) for layout, steps, v in self._parts]
+        for *_, event in self._parts:
+            if event is not None:
+                event.synchronize()
+        return [Part(layout, steps, v.double().numpy()) for layout, steps, v, _ in self._parts]
 
 
 class RecordBuffer:
@@ -75,7 +75,12 @@ class RecordBuffer:
 
     def __len__(self) -> int:
         """How many steps the numbers are of."""
-        return len({step for ring in self._rings.values() for step in ring.steps})
+        return len(self.steps)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that the numbers are of."""
+        return sorted({step for ring in self._rings.values() for step in ring.steps})
 
     def add(self, step: int, layout: Layout, values: Tensor) -> None:
         """Keep the numbers of one step: a vector, one entry a column."""
@@ -90,10 +95,10 @@ class RecordBuffer:
     def take(self) -> Outgoing:
         """Start copying the numbers off the device, and forget them here."""
         self._rings = {kind: ring for kind, ring in self._rings.items() if ring.steps}
-        parts = [(kind[0], ring.steps, ring.copy()) for kind, ring in self._rings.items()]
+        outgoing = Outgoing([(kind[0], ring) for kind, ring in self._rings.items()])
         for ring in self._rings.values():
             ring.steps = []
-        return Outgoing(parts, queued=any(device.type == "cuda" for _, _, device in self._rings))
+        return outgoing
 
     def frame(self) -> pd.DataFrame:
         """The numbers as a frame of records; they are forgotten here."""

@@ -5,19 +5,19 @@ Hooks reduce every tensor they see to one number a sample, on its device, and ke
 
 import inspect
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
+from stability_probe.probes.compiled import Seam, untraced
 from stability_probe.probes.records import Key
 from stability_probe.skips import OutputTap, SkipConnection, SliceTap, Tap
 from stability_probe.skips.taps import Observer, tensors_of
@@ -27,18 +27,6 @@ Site = tuple[str, int]
 
 _EARLIER = -1
 """Stands for the number of a pass of an earlier step."""
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-
-
-def untraced(hook: Hook) -> Hook:
-    """Keep `torch.compile` out of a hook: the model's graph is cut there, and the hook runs."""
-    reason = (
-        "the hooks of a StabilityProbe keep records, which cannot be traced; compile the model "
-        "without fullgraph=True"
-    )
-    return cast(Hook, torch.compiler.disable(hook, reason=reason))
-
 
 _OFF: ContextVar[bool] = ContextVar("off", default=False)
 
@@ -109,7 +97,8 @@ class FeatureProbe:
             forward pass that it belongs to: backward passes come in another order.
         unhooked: the numbers of the passes in which a tensor had no gradient when it passed.
         entered: the number of the pass that the backward pass has reached, where that is needed.
-        views: tensors that share their memory, with how often that had been written to.
+        views: tensors that share their memory, until the backward pass, with how often that had
+            been written to.
         unfit: why the records of this step would be wrong, if they would.
         noise_level: t per sample, where the model's second tensor is one number a sample.
         seconds: time spent in the hooks.
@@ -124,7 +113,8 @@ class FeatureProbe:
 
     def clear(self) -> None:
         """Forget what was seen."""
-        self.passes = 0
+        self.passes = self._noted = 0
+        self._before: dict[Site, int] = {}
         self.norms: dict[Site, list[Tensor]] = {}
         self.gradients: dict[Site, list[tuple[int, Tensor]]] = {}
         self.unhooked: dict[Site, set[int]] = {}
@@ -156,7 +146,7 @@ class FeatureProbe:
         for s in self.skips:
             u = watch(s.skip, "u", s.level, grad=True, first=True)  # before any scaling
             if u.cut is None:
-                u.seam = _Seam()
+                u.seam = Seam()
             if u.seam is not None and isinstance(s.feature, OutputTap):
                 place = replace(s.feature, call=None)
                 stack.callback(place.attach(model, u.seam).remove)
@@ -200,6 +190,11 @@ class FeatureProbe:
         return found
 
     @property
+    def idle(self) -> bool:
+        """Whether the model was trained before, and not since `clear`."""
+        return self.seen and self.passes == 0 and self.unfit is None
+
+    @property
     def watching(self) -> bool:
         """Whether a training pass would be looked at now."""
         return self.active and not is_unwatched()
@@ -231,6 +226,8 @@ class FeatureProbe:
         self.passing = torch.is_grad_enabled() and not _in_backward()
         if self.passing:
             self.seen = True
+            self._before = {site: len(parts) for site, parts in self.norms.items()}
+            self._noted = len(self.noise_level)
             self.passes += 1
             bound = self._signature.bind(*args, **kwargs)
             given = (*bound.args, *bound.kwargs.values())
@@ -244,6 +241,8 @@ class FeatureProbe:
     def _on_output(self, output: Any) -> None:
         if not self.watching:
             return
+        if output is None and self.passing:
+            self._forget_pass()
         reached: Callable[[Tensor], None] | None = None
         if self.passing:
             if self.unhooked:
@@ -254,6 +253,17 @@ class FeatureProbe:
         for tensor in tensors_of(output) if reached is not None else ():
             if tensor.requires_grad:
                 tensor.register_hook(reached)
+
+    def _forget_pass(self) -> None:
+        """Take back what was seen of a pass that has failed, perhaps to be tried again."""
+        self.passes -= 1
+        self.passing = False
+        self.norms = {
+            s: parts[: self._before[s]] for s, parts in self.norms.items() if s in self._before
+        }
+        del self.noise_level[self._noted :]
+        for numbers in self.unhooked.values():
+            numbers.discard(self.passes)
 
     def _enter(self, unhooked: dict[Site, set[int]], number: int, gradient: Tensor) -> None:
         """The backward pass has reached a pass, perhaps one of an earlier step."""
@@ -266,28 +276,6 @@ class FeatureProbe:
             "the whole model is inside gradient checkpointing with use_reentrant=True, so that its "
             "training pass has no gradients; pass use_reentrant=False, or checkpoint its blocks"
         )
-
-
-class _Seam(Observer):
-    """Lets no graph of `torch.compile` contain both the making of a tensor and uses of it.
-
-    The gradient that flows through those uses would stay inside the graph.
-    """
-
-    def __init__(self) -> None:
-        self._passed: weakref.ref[Tensor] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Seam, ()
-
-    @untraced
-    def __call__(self, tensor: Tensor) -> None:
-        self._passed = weakref.ref(tensor)
-
-    def hides(self, tensor: Tensor) -> bool:
-        """Whether a graph may contain uses of a tensor, so that its gradient is not all there."""
-        compiled = type(tensor.grad_fn).__name__ == "CompiledFunctionBackward"
-        return compiled and (self._passed is None or self._passed() is not tensor)
 
 
 class _End:
@@ -308,7 +296,7 @@ class _Observer(Observer):
 
     def __init__(self, probe: FeatureProbe, site: Site, grad: bool, cut: SliceTap | None) -> None:
         self.probe, self.site, self.grad, self.cut = probe, site, grad, cut
-        self.seam: _Seam | None = None
+        self.seam: Seam | None = None
 
     @untraced
     def __call__(self, tensor: Tensor) -> None:

@@ -32,7 +32,18 @@ class ParameterProbe:
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, Block], updates: bool) -> None:
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._blocks, self._updates = blocks, updates
+        modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in blocks}
+        self._places = [(m._parameters, n.rpartition(".")[2]) for n, m in modules.items()]
+        self._list()
+
+    def _list(self) -> None:
+        """Look which parameters there are, and which of them train."""
+        self._there = [parameters.get(name) for parameters, name in self._places]
+        self._trained = [p is not None and p.requires_grad for p in self._there]
+        blocks, updates = self._blocks, self._updates
+        pairs = zip(blocks, self._there, self._trained, strict=True)
+        named = {name: p for name, p, trained in pairs if p is not None and trained}
         self._parameters = list(named.values())
         local = [_local(p).detach() for p in self._parameters]
         self._zero = torch.zeros(()) if not local else local[0].new_zeros((), dtype=_widest(local))
@@ -54,6 +65,11 @@ class ParameterProbe:
         self._scaled = Layout(columns)
         self._unscaled = Layout([c if c.key != SKIPPED else Column(None, "max") for c in columns])
 
+    @property
+    def have_gradients(self) -> bool:
+        """Whether any parameter has one, or none trains."""
+        return not self._parameters or any(p.grad is not None for p in self._parameters)
+
     @torch.no_grad()
     def read(self, grad_scale: float | Tensor | None) -> Numbers:
         """The energies now.
@@ -65,6 +81,13 @@ class ParameterProbe:
         Returns:
             What the numbers are, and the numbers, on the device.
         """
+        for (parameters, name), p, trained in zip(
+            self._places, self._there, self._trained, strict=True
+        ):
+            now = parameters.get(name)
+            if now is not p or (p is not None and p.requires_grad is not trained):
+                self._list()  # one was put in the place of another, frozen or unfrozen
+                break
         if not self._parameters:
             return _NOTHING, torch.empty(0)
         params = [_local(p).detach() for p in self._parameters]
@@ -73,7 +96,7 @@ class ParameterProbe:
         found = iter(norms)
         slopes = [self._zero if g is None else next(found) for g in grads]
         table = torch.stack([*slopes, *norms[-len(params) :]]).view(2, -1)
-        skipped = (~table[0].sum().isfinite()).to(table.dtype)
+        skipped = (~table[0].isfinite()).any().to(table.dtype)
         if grad_scale is not None:
             table[0] /= grad_scale
         energies = table.square() * self._shares

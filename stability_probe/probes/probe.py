@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.batch import ProbeBatch
 from stability_probe.probes.buffer import Outgoing, RecordBuffer
-from stability_probe.probes.features import FeatureProbe, is_unwatched, untraced, unwatched
+from stability_probe.probes.compiled import untraced
+from stability_probe.probes.features import FeatureProbe, is_unwatched, unwatched
 from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.ranks import Ranks
 from stability_probe.probes.records import Key, RunFolder, as_frame
@@ -121,7 +122,9 @@ class StabilityProbe:
         self._blocks: dict[str, Block] | None = None
         self._parameters: ParameterProbe | None = None
         self._moved_from: list[Tensor] = []
-        self._buffer = RecordBuffer(self.config.flush_every)
+        self._buffer = RecordBuffer(min(self.config.flush_every, 64))
+        self._owed = False
+        self._dropped: str | None = None
         self._outgoing: Outgoing | None = None
         self._store = Store(run)
         self._ranks = Ranks()
@@ -140,7 +143,7 @@ class StabilityProbe:
         self._entered = True
         refuse_unfit(self.model, self.sensitivity_every)
         with ExitStack() as stack:
-            self._ranks = Ranks.meet(self.config.timeout)
+            self._ranks = stack.enter_context(closing(Ranks.meet(self.config.timeout)))
             # Before the hooks of what shards a model, so that blocks are found outside its pass.
             handle = self.model.register_forward_pre_hook(
                 self._at_first_input, with_kwargs=True, prepend=True
@@ -172,8 +175,12 @@ class StabilityProbe:
     ) -> None:
         self._features.active = False
         try:
-            if error is None or self._ranks.world == 1:  # otherwise others may not be there
+            if error is None or self._ranks.world == 1:
                 self.flush()
+            elif len(self._buffer):
+                first, last = self._buffer.steps[0], self._buffer.steps[-1]
+                steps = f"records of steps {first}–{last} were not stored"
+                self._dropped = f"{steps}, as other processes may be gone"
         except Exception as failure:
             self._end(error or failure)
             if error is None:  # otherwise the first error is the one to show
@@ -199,7 +206,10 @@ class StabilityProbe:
     ) -> None:
         """Record one optimizer step; call it after the backward pass and before `zero_grad`.
 
-        In a distributed training every process calls it.
+        Gradients are recorded as they are then: clipping before it shows in those of parameters and
+        not in those of features, and some optimizers write into them. In a distributed training
+        every process calls it, and the loss is taken to be the mean of theirs. A feature that two
+        backward passes go through, `torch.autograd.grad` among them, has a gradient of each.
 
         Args:
             loss: the per-sample losses (batch,), or one number; recorded as it is.
@@ -216,8 +226,11 @@ class StabilityProbe:
             self._keep(self._outgoing)
         self.steps += 1
         if self._due(self.steps):
-            with self._timed("step"):
-                self._record(loss, grad_scale, grads_unscaled)
+            # A model that was not trained in this step is recorded in the next in which it is.
+            self._owed = self._features.idle
+            if not self._owed:
+                with self._timed("step"):
+                    self._record(loss, grad_scale, grads_unscaled)
         self._features.clear()
         if self.sensitivity_every and (self.steps == 1 or self.steps % self.sensitivity_every == 0):
             with self._timed("sensitivity"):
@@ -234,7 +247,8 @@ class StabilityProbe:
         if self._outgoing is not None:
             self._keep(self._outgoing)
         if self._ended is None:
-            self._keep(self._buffer.take())
+            self._outgoing = self._buffer.take()
+            self._keep(self._outgoing)
 
     def frame(self) -> pd.DataFrame:
         """All records so far: a tidy frame of step, metric, site, level, stat, value.
@@ -248,7 +262,8 @@ class StabilityProbe:
     @property
     def missing(self) -> str | None:
         """Which records should be stored and are not, and why; `None` if there are none."""
-        return "; ".join(text for text in (self._ranks.lost, self._store.missing) if text) or None
+        reasons = (self._ranks.lost, self._dropped, self._store.missing)
+        return "; ".join(reason for reason in reasons if reason) or None
 
     def cost(self) -> dict[str, float]:
         """What the probe itself has cost.
@@ -278,7 +293,7 @@ class StabilityProbe:
         return {
             "steps": self.steps,
             "seconds": seconds,
-            "moved_from": [] if self._parameters is None else self._parameters.state_dict(),
+            "moved_from": self._parameters.state_dict() if self._parameters else self._moved_from,
             "batch": None if self._batch is None else self._batch.map(lambda v: v.cpu()),
         }
 
@@ -303,7 +318,7 @@ class StabilityProbe:
             self._batch = state.get("batch")
 
     def _due(self, step: int) -> bool:
-        return step == 1 or step % self.every == 0
+        return self._owed or step == 1 or step % self.every == 0
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -334,11 +349,11 @@ class StabilityProbe:
 
     def _keep(self, outgoing: Outgoing) -> None:
         """Store numbers that have been copied off the device, those of all processes together."""
-        self._outgoing = None
         with self._timed("flush"):
-            parts = self._ranks.gather(outgoing.parts())
+            frame = as_frame(self._ranks.gather(outgoing.parts()))
+            self._outgoing = None  # an interrupt before would leave it to the last flush
             if self._ranks.first:
-                self._store.put(as_frame(parts))
+                self._store.put(frame)
 
     def _record(
         self, loss: Tensor | float | None, grad_scale: float | Tensor | None, unscaled: bool
@@ -355,7 +370,7 @@ class StabilityProbe:
         samples = seen.samples(feature_scale)
         if loss is not None:
             device = next((v.device for v in samples.values()), None)
-            samples[Key("loss", "loss", 0, "")] = _as_vector(loss, device)
+            samples[Key("loss", "loss", 0, "")] = _losses(loss, device)
         if samples:
             device = next(iter(samples.values())).device
             t = torch.cat(seen.noise_level) if seen.noise_level else None
@@ -363,6 +378,11 @@ class StabilityProbe:
                 t = None  # some pass of the step had no noise level
             self._buffer.add(self.steps, *summarise(samples, t, self._bin_edges(device)))
         if self._parameters is not None:
+            if seen.gradients and not self._parameters.have_gradients:
+                raise StabilityProbeError(
+                    "StabilityProbe.step: no parameter has a gradient, though there was a backward "
+                    "pass; call step() before the gradients are zeroed"
+                )
             scale = 1.0 if unscaled and grad_scale is not None else grad_scale
             self._buffer.add(self.steps, *self._parameters.read(scale))
 
@@ -389,11 +409,12 @@ class StabilityProbe:
         return self._edges
 
 
-def _as_vector(loss: Tensor | float, device: torch.device | None) -> Tensor:
-    """Losses on a device, without waiting for it."""
+def _losses(loss: Tensor | float, device: torch.device | None) -> Tensor:
+    """Losses on a device, without waiting for it; a single one has no dimension."""
     if isinstance(loss, Tensor):
-        return loss.detach().reshape(-1).to(device, non_blocking=True)
-    return torch.full((1,), float(loss), device=device)
+        loss = loss.detach()
+        return (loss.reshape(-1) if loss.ndim else loss).to(device, non_blocking=True)
+    return torch.full((), float(loss), device=device)
 
 
 def _inert() -> StabilityProbe:

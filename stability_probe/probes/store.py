@@ -40,16 +40,15 @@ class Store:
         if not spans:
             return None
         steps = ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in spans)
-        return f"records of steps {steps} could not be stored: {self._error}"
+        return f"records of steps {steps} could not be stored: {self._error or 'interrupted'}"
 
     def put(self, frame: pd.DataFrame) -> None:
-        """Store records, and those that wait."""
-        if frame.empty:
-            return
+        """Store records, and those that wait, if there are any."""
         if self._run is None:
             self._frames.append(frame)
             return
-        self._waiting.append(frame)
+        if not frame.empty:
+            self._waiting.append(frame)
         self._write(self._run)
 
     def frame(self) -> pd.DataFrame:

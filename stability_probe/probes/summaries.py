@@ -21,7 +21,8 @@ def summarise(samples: Samples, noise_level: Tensor | None, edges: Tensor) -> Nu
     Means are kept as a sum and a number of samples, so that those of several processes add up.
 
     Args:
-        samples: the quantities; those with as many samples as `noise_level` are binned.
+        samples: the quantities; those with as many samples as `noise_level` are binned, but for
+            single numbers (without a dimension), which are of no sample.
         noise_level: t of every sample, or `None`.
         edges: the inner edges of the noise-level bins, rising; T - 1 of them make T bins.
 
@@ -31,17 +32,18 @@ def summarise(samples: Samples, noise_level: Tensor | None, edges: Tensor) -> Nu
     >>> frame[frame.metric == "loss"].set_index("stat").value.to_dict()
     {'mean': 2.0, 'min': 1.0, 'max': 3.0, 't0': 1.0, 't1': 3.0}
     """
-    groups: dict[int, list[Key]] = {}
+    groups: dict[int, list[Key]] = {}  # by number of samples; 0 for single numbers
     for key, vector in samples.items():
-        groups.setdefault(vector.shape[0], []).append(key)
+        groups.setdefault(vector.shape[0] if vector.ndim else 0, []).append(key)
     if not groups:
         return _summary_layout((), None, 0), torch.empty(0)
     dtype = _common_dtype(samples)
     member = None if noise_level is None else _membership(noise_level, edges)
     binned, values = None, []
     for place, (size, keys) in enumerate(groups.items()):
-        table = torch.stack([samples[key].to(dtype) for key in keys])
-        values += [table.sum(1), *torch.aminmax(table, dim=1), table.new_full((1,), size)]
+        table = torch.stack([samples[key].to(dtype) for key in keys]).view(len(keys), -1)
+        count = table.new_full((1,), table.shape[1])
+        values += [table.sum(1), *torch.aminmax(table, dim=1), count]
         if member is not None and size == member.shape[0]:
             binned = place
             values.append(_bin_sums(table, member))

@@ -14,11 +14,9 @@ from accelerate import Accelerator
 from torch import distributed
 
 from stability_probe.errors import StabilityProbeError
+from stability_probe.probes.ranks import SETTLING
 
 T = TypeVar("T")
-
-SETTLING = 0.2
-"""Seconds in which the threads of a process group come to rest after a collective."""
 
 
 def join() -> Accelerator:
@@ -29,8 +27,6 @@ def join() -> Accelerator:
 def leave() -> None:
     """Part from the other processes, at the end of the program; nothing if there are none."""
     if _together():
-        # A thread of the group may still be about to free the tensor of the last collective, for
-        # which it needs Python's lock; who destroys the group holds that, and waits for the thread.
         time.sleep(SETTLING)
         distributed.destroy_process_group()
 

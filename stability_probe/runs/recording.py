@@ -169,13 +169,17 @@ def _record(
             probe.load_state_dict(start.state["probe"])
             start.state.clear()  # it is as large as the model and its optimizer
         stack.enter_context(probe)
-        for step in training:
-            probe.step(loss=step.loss)
-            if on_step is not None:
-                on_step(step)
-            due = probing.save_every and step.step % probing.save_every == 0
-            if due and step.step < config.steps and training.finite:
-                _save(run, training, probe)
+        try:
+            for step in training:
+                probe.step(loss=step.loss)
+                if on_step is not None:
+                    on_step(step)
+                due = probing.save_every and step.step % probing.save_every == 0
+                if due and step.step < config.steps and training.finite:
+                    _save(run, training, probe)
+        except TrainingDiverged:  # in all processes at once, so that they can still store together
+            probe.flush()
+            raise
         if weights is not None:
             state = model.state_dict()
             from_main(lambda: write_whole(weights, partial(torch.save, state), WEIGHTS))

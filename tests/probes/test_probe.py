@@ -885,6 +885,81 @@ class TestEasilyWrong:
         energies = probe.frame().query("metric == 'energy' and site == 'x'").value
         np.testing.assert_allclose(energies, 8.0, rtol=1e-6)
 
+    def test_a_step_after_the_gradients_were_zeroed_is_refused(self):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        with (
+            pytest.raises(
+                StabilityProbeError, match=r"call step\(\) before the gradients are zeroed"
+            ),
+            StabilityProbe(net, find_skips(net, x), sensitivity_every=0) as probe,
+        ):
+            net(x).sum().backward()
+            net.zero_grad()
+            probe.step()
+
+    def test_a_parameter_that_is_unfrozen_or_replaced_is_recorded_from_then_on(self):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        first, last = net.encoder[0].layer1, net.encoder[1].layer1
+        first.weight.requires_grad_(False)
+        with StabilityProbe(net, find_skips(net, x), every=1, sensitivity_every=0) as probe:
+            for step in range(3):
+                if step == 1:
+                    first.weight.requires_grad_(True)
+                if step == 2:
+                    last.weight = nn.Parameter(100 * last.weight.detach())
+                net(x).square().mean().backward()
+                probe.step()
+                net.zero_grad()
+        frame = probe.frame()
+        rows = frame[frame.metric == "param_energy"].set_index(["site", "step"]).value
+        assert sorted(rows["a/encoder.0.layer1.weight"].index) == [2, 3]
+        size = rows["a/encoder.1.layer1.weight"]
+        assert size[3] == pytest.approx(1e4 * size[2], rel=1e-5)
+
+    def test_a_pass_that_fails_and_is_tried_again_counts_once(self):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+
+        def out_of_memory(module, args):
+            raise RuntimeError("out of memory")
+
+        with StabilityProbe(net, find_skips(net, x), sensitivity_every=0) as probe:
+            net(x).sum().backward()  # a first micro-batch that works
+            with (
+                net.decoder[0].register_forward_pre_hook(out_of_memory),
+                pytest.raises(RuntimeError, match="out of memory"),
+            ):
+                net(100 * x, torch.full((4,), 990))
+            net(2 * x).sum().backward()
+            probe.step()
+        energies = probe.frame().query("metric == 'energy' and site == 'x'").set_index("stat").value
+        assert energies[["mean", "max"]].tolist() == pytest.approx([(8 + 32) / 2, 32])
+        assert not probe.frame().stat.str.startswith("t").any()
+
+    def test_a_due_step_without_a_training_pass_is_made_up_for(self):
+        """A network that is trained in every other step, as in adversarial training."""
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        with StabilityProbe(net, find_skips(net, x), every=2, sensitivity_every=0) as probe:
+            for step in range(1, 7):
+                if step % 2:
+                    net(x).sum().backward()
+                probe.step(loss=1.0)
+        frame = probe.frame()
+        assert frame.step.unique().tolist() == [1, 3, 5]
+        assert frame[frame.metric == "energy"].groupby("step").size().nunique() == 1
+
+    def test_a_state_taken_before_the_first_pass_is_whole(self):
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        config = ProbeConfig(updates=True)
+        options = {"sensitivity_every": 0, "config": config, "every": 1}
+        with StabilityProbe(net, find_skips(net, x), **options) as probe:
+            net(x).sum().backward()
+            probe.step()
+        state = probe.state_dict()
+        again = StabilityProbe(net, find_skips(net, x), **options)
+        again.load_state_dict(state)
+        assert len(again.state_dict()["moved_from"]) == len(list(net.parameters()))
+        assert again.state_dict()["steps"] == 1
+
     def test_skips_that_are_not_all_there_are_refused(self):
         net, x = TheoryUNet(8, 2), torch.ones(4, 8)
         with pytest.raises(StabilityProbeError, match=r"levels 1..N in order, got \[2\]"):

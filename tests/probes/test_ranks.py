@@ -9,14 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
+import torch
 
 from stability_probe import Run
 from stability_probe.errors import StabilityProbeError
-from stability_probe.probes import Key
+from stability_probe.probes import Key, ranks
 from stability_probe.probes.ranks import Ranks, join
-from stability_probe.probes.records import Column, Layout, Part
+from stability_probe.probes.records import Column, Layout, Part, as_frame
+from stability_probe.probes.summaries import summarise
 
 PACKAGE = Path(__file__).parents[2]
 WORKER = PACKAGE / "tests" / "oracles" / "ranks_worker.py"
@@ -151,7 +152,10 @@ class TestRefusals:
 
     def test_processes_of_different_length(self, two):
         first, _ = said(two / "uneven")
-        assert "process 1 has recorded other steps than process 0" in first["error"]
+        assert (
+            "process 1 and process 0 have not recorded the same (steps [1, 2, 3] and"
+            in first["error"]
+        )
 
     def test_measurements_of_a_sharded_network(self, two):
         for note in said(two / "sharded_and_measured"):
@@ -210,6 +214,26 @@ def part(join_by, values, steps=(1,), how="value", name="a"):
     return Part(Layout([column]), list(steps), np.asarray(values, dtype=float).reshape(-1, 1))
 
 
+def joined(*parts_of):
+    """The records of several processes together, as a frame."""
+    merged = [ranks._merged([ranks._Block.of(p) for p in parts]) for parts in parts_of]
+    return as_frame([block.part() for block in join(merged)])
+
+
+def summary(x, loss, t, steps=(1,)):
+    """What a process records of samples and their losses."""
+    samples = {
+        Key("energy", "x", 0, ""): torch.tensor(x),
+        Key("loss", "loss", 0, ""): torch.tensor(loss),
+    }
+    layout, values = summarise(samples, torch.tensor(t), torch.tensor([500.0]))
+    return Part(layout, list(steps), np.stack([values.double().numpy()] * len(steps)))
+
+
+def table(frame):
+    return {(row.metric, row.stat): row.value for row in frame.itertuples()}
+
+
 class TestJoin:
     @pytest.mark.parametrize(
         ("how", "expected"), [("sum", 4.0), ("min", -2.0), ("max", 6.0), ("same", None)]
@@ -218,55 +242,85 @@ class TestJoin:
         parts = [[part(how, [6.0])], [part(how, [-2.0])]]
         if expected is None:
             with pytest.raises(StabilityProbeError, match="energy of a is not the same in all"):
-                join(parts)
+                joined(*parts)
         else:
-            assert join(parts)[0].values.tolist() == [[expected]]
+            assert joined(*parts).value.tolist() == [expected]
 
     def test_nan_is_kept_and_agrees_with_nan(self):
         nan = float("nan")
         for how in ("sum", "min", "max"):
-            assert np.isnan(join([[part(how, [1.0])], [part(how, [nan])]])[0].values).all()
-        assert np.isnan(join([[part("same", [nan])], [part("same", [nan])]])[0].values).all()
+            assert np.isnan(joined([part(how, [1.0])], [part(how, [nan])]).value).all()
+        assert np.isnan(joined([part("same", [nan])], [part("same", [nan])]).value).all()
 
-    def test_a_mean_is_that_of_the_union(self):
-        layout = Layout(
-            [Column(Key("loss", "loss", 0, "mean"), "sum", 1, "mean"), Column(None, "sum")]
-        )
-        here = Part(layout, [1], np.array([[6.0, 2.0]]))
-        there = Part(Layout(layout.columns), [1], np.array([[3.0, 4.0]]))
-        found = join([[here], [there]])[0]
-        assert found.layout.frame(found.steps, found.values).value.tolist() == [9 / 6]
+    @pytest.mark.parametrize("scalar", [False, True])
+    @pytest.mark.parametrize("sizes", [(4, 4), (4, 2), (4, 1), (1, 3)])
+    def test_batches_may_differ_in_size(self, sizes, scalar):
+        """A last batch is often short; one of a single sample is no different."""
+        x = [[1.0, 5.0, 2.0, 8.0][:n] for n in sizes]
+        loss = [[v / 2 for v in part] for part in x]
+        t = [[10.0, 900.0, 20.0, 800.0][:n] for n in sizes]
+        given = [0.5, 1.5] if scalar else loss
+        parts = [[summary(*each)] for each in zip(x, given, t, strict=True)]
+        found = table(joined(*parts))
+        if scalar:
+            assert (found["loss", "mean"], found["loss", "max"]) == (1.0, 1.5)
+            assert ("loss", "t0") not in found
+        else:
+            assert found == pytest.approx(
+                table(joined([summary([*x[0], *x[1]], [*loss[0], *loss[1]], [*t[0], *t[1]])]))
+            )
+        union = np.array([*x[0], *x[1]])
+        noisy = np.array([*t[0], *t[1]]) > 500
+        assert found["energy", "mean"] == pytest.approx(union.mean())
+        assert found["energy", "t0"] == pytest.approx(union[~noisy].mean())
+        assert found["samples", "t0"] == (~noisy).sum()
+        assert (found["energy", "min"], found["energy", "max"]) == (union.min(), union.max())
+
+    def test_losses_of_some_samples_only(self):
+        """Whoever has as many losses as samples in one process has to in the other."""
+        fits, not_all = summary([1.0], [1.0], [5.0]), summary([1.0, 2.0], [1.0], [5.0, 6.0])
+        with pytest.raises(
+            StabilityProbeError, match=r"not recorded the same \(Key\(metric='loss'"
+        ):
+            joined([fits], [not_all])
+
+    def test_numbers_that_changed_their_type_are_one_series(self):
+        """A loss in float64 at one step makes a part of its own."""
+        here = [summary([1.0], [1.0], [5.0], steps=(2, 3)), summary([4.0], [1.0], [5.0])]
+        frame = joined(here, here[::-1])
+        assert frame[(frame.metric == "energy") & (frame.stat == "mean")].value.tolist() == [
+            4.0,
+            1.0,
+            1.0,
+        ]
+        assert frame.step.is_monotonic_increasing
 
     def test_what_process_0_alone_has_measured_stays(self):
         both_have, measured = part("sum", [1.0]), part("same", [5.0], name="b")
-        found = join([[both_have, measured], [both_have]])
-        assert [p.values.tolist() for p in found] == [[[2.0]], [[5.0]]]
+        found = joined([both_have, measured], [both_have])
+        assert found.value.tolist() == [2.0, 5.0]
 
     @pytest.mark.parametrize(
         ("other", "message"),
         [
-            ([], "process 1 has recorded other quantities than process 0"),
-            ([part("sum", [1.0], name="b")], "other quantities"),
-            ([part("sum", [1.0]), part("min", [1.0])], "other quantities"),
-            ([part("sum", [1.0], steps=[2])], "process 1 has recorded other steps than"),
+            (
+                [],
+                "process 1 and process 0 have not recorded the same .Key.metric='energy', site='a'",
+            ),
+            ([part("sum", [1.0], name="b")], "site='a'"),
+            ([part("sum", [1.0]), part("min", [1.0], name="c")], "site='c'"),
+            ([part("sum", [1.0], steps=[2])], r"process 1 .* \(steps \[2\] and not \[1\]\)"),
         ],
     )
     def test_different_records_are_refused(self, other, message):
         with pytest.raises(StabilityProbeError, match=message):
-            join([[part("sum", [1.0])], other])
+            joined([part("sum", [1.0])], other)
 
 
 def test_one_process_has_nobody_to_wait_for():
-    ranks = Ranks.meet(timeout=0.1)
-    assert (ranks.world, ranks.rank, ranks.first, ranks.lost) == (1, 0, True, None)
+    alone = Ranks.meet(timeout=0.1)
+    assert (alone.world, alone.rank, alone.first, alone.lost) == (1, 0, True, None)
     parts = [part("sum", [1.0])]
-    assert ranks.gather(parts) == parts
+    assert alone.gather(parts) == parts
     with pytest.raises(ZeroDivisionError):
-        ranks.together(lambda: 1 / 0)
-
-
-def test_frames_of_joined_parts_have_the_columns_of_records():
-    joined = join([[part("sum", [1.0])], [part("sum", [2.0])]])[0]
-    frame = joined.layout.frame(joined.steps, joined.values)
-    expected = pd.DataFrame([[1, "energy", "a", 0, "x", 3.0]])
-    assert frame.values.tolist() == expected.values.tolist()
+        alone.together(lambda: 1 / 0)

@@ -87,6 +87,8 @@ def test_parts_wait_for_the_disk_and_come_in_order(run, monkeypatch):
     assert store.frame().step.tolist() == [1, 2, 3, 4]
     assert store.missing.startswith("records of steps 2, 3–4 could not be stored: run/x: cannot be")
     disk.full = False
+    store.put(frame())  # nothing new, and what waits is written all the same
+    assert run.records().step.tolist() == [1, 2, 3, 4]
     store.put(frame(5))
     assert run.records().step.tolist() == [1, 2, 3, 4, 5]
     assert store.missing is None
@@ -114,6 +116,17 @@ def test_an_end_that_cannot_be_written_is_a_warning(run, monkeypatch):
     with pytest.warns(RecordWarning, match="its run.json does not say how it ended"):
         store.end(None, {})
     assert run.info["state"] == "running"
+
+
+def test_an_interrupt_leaves_a_part_for_the_next_time(run, monkeypatch):
+    store = Store(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.put(frame(1))
+    assert store.missing == "records of steps 1 could not be stored: interrupted"
+    store.put(frame())
+    assert (run.records().step.tolist(), store.missing) == ([1], None)
 
 
 def test_other_errors_are_not_hidden(run, monkeypatch):

@@ -16,15 +16,16 @@ from tests.oracles.loops import recorded, same_bits, trained
 from tests.oracles.recording import output_of
 from tests.oracles.unchecked import without_type_checks
 
-STEPS = 5
+STEPS = 3
 QUICK = ProbeConfig(sensitivity=SensitivityConfig(epsilons=(1e-2,), directions=1, max_products=2))
 WAYS = ("attached", "compiled", "given", "in place")
 """The probe is attached before the model is compiled; or after; or to what compiling returned; or
 to a module that was compiled in place."""
 ways = pytest.mark.parametrize("way", WAYS)
 backends = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+LONG = ("uvit", "unet2d")  # to compile
 names = pytest.mark.parametrize(
-    "name", ["add", "concat", "uvit", pytest.param("unet2d", marks=pytest.mark.slow)]
+    "name", ["add", "concat", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]
 )
 
 

@@ -38,7 +38,16 @@ WAYS = {
     "twice": lambda net: copy.deepcopy(pickle.loads(pickle.dumps(net))),
 }
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-SCHEME = pytest.mark.parametrize("scheme", ["unscaled", "ls-non-shared"])
+
+
+def watchers(net):
+    """What looks at the features of a network."""
+    hooks = [
+        hook
+        for module in net.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return [hook.fn.probe for hook in hooks if hasattr(getattr(hook, "fn", None), "probe")]
 
 
 def step(net, batch, probe, loss_of=per_sample_mse):
@@ -49,8 +58,14 @@ def step(net, batch, probe, loss_of=per_sample_mse):
 
 
 @ways
-@SCHEME
-@pytest.mark.parametrize("when", ["before a pass", "between passes", "between the two"])
+@pytest.mark.parametrize(
+    ("scheme", "when"),
+    [
+        ("unscaled", "before a pass"),
+        ("ls-non-shared", "between passes"),
+        ("ls-non-shared", "between the two"),
+    ],
+)
 def test_a_copy_computes_the_same_records_nothing_and_is_probed_anew(case, way, scheme, when):
     net = case.net().eval()
     skips, batch = case.skips(net), case.data(4)
@@ -71,6 +86,8 @@ def test_a_copy_computes_the_same_records_nothing_and_is_probed_anew(case, way, 
             for p, q in zip(net.parameters(), twin.parameters(), strict=True):
                 assert p is not q and torch.equal(p, q)
             (100 * output_of(twin, *batch[:2])).square().sum().backward()
+            assert watchers(twin)
+            assert not any(watcher.norms or watcher.gradients for watcher in watchers(twin))
             if loss is not None:
                 loss.mean().backward()
                 probe.step(loss=loss)

@@ -154,12 +154,30 @@ def test_a_view_that_is_not_written_to(end):
     assert_rows(frame, expected_samples(passes, add=False), metrics=FEATURES)
 
 
+def test_nothing_is_kept_of_a_view_once_gradients_come():
+    net, (x, t, target) = Writing(end=VIEWS["view"]), data(4, 1)
+    with StabilityProbe(net, skips_of(net), sensitivity_every=0) as probe:
+        loss = per_sample_mse(net(x, t), target).mean()
+        assert len(probe._features.views) == 3
+        loss.backward()
+        assert probe._features.views == []
+
+
 @views
 @pytest.mark.parametrize("write", [("operands",), ("sum",)], ids=",".join)
 def test_a_view_that_is_written_to_after_it_has_passed_is_refused(end, write):
     """No gradient flows through its old place in the graph."""
     net, batch = Writing(write, add=True, end=end), data(4, 1)
     with pytest.raises(StabilityProbeError, match=rf"[uh]_[012] {WRITTEN}"):
+        recorded(net, skips_of(net), [batch])
+
+
+def test_views_of_which_none_has_a_gradient_left_are_refused():
+    net, batch = Writing(("operands", "output"), add=True, end=VIEWS["view"]), data(4, 1)
+    net.b[0].block.end = VIEWS["view"]
+    net.b[1].block.end = VIEWS["view"]
+    net.a.requires_grad_(False)
+    with pytest.raises(StabilityProbeError, match=rf"h_[012] {WRITTEN}"):
         recorded(net, skips_of(net), [batch])
 
 

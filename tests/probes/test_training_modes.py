@@ -34,16 +34,16 @@ def test_a_pass_without_gradients_is_no_training_pass(case, mode, inside):
         probe.step()
 
 
-def recorded_within(case, mode, **options):
-    """Records of steps that are called inside a mode, after a usual backward pass."""
+def recorded_within(case, mode, inside=range(3), **options):
+    """Records of steps of which some are called inside a mode, after a usual backward pass."""
     net = case.net().eval()
-    config = ProbeConfig(updates=True, flush_every=1, sensitivity=QUICK)
+    config = ProbeConfig(updates=True, flush_every=2, sensitivity=QUICK)
     with StabilityProbe(net, case.skips(net), every=1, config=config, **options) as probe:
         for seed in range(3):
             x, t, target = case.data(4, seed)
             loss = per_sample_mse(output_of(net, x, t), target)
             loss.mean().backward()
-            with mode():
+            with mode() if seed in inside else nullcontext():
                 probe.step(loss=loss, grad_scale=torch.tensor(2.0))
         with mode():
             probe.flush()
@@ -51,13 +51,21 @@ def recorded_within(case, mode, **options):
 
 
 @modes
-@pytest.mark.parametrize("sensitivity_every", [0, 1])
+@pytest.mark.parametrize("sensitivity_every", [0, 3])
 def test_a_step_inside_a_mode_records_the_same(case, mode, sensitivity_every):
     frames = [
         recorded_within(case, m, sensitivity_every=sensitivity_every) for m in (nullcontext, mode)
     ]
     pd.testing.assert_frame_equal(*frames)
     assert ("sigma_max" in set(frames[0].metric)) is bool(sensitivity_every)
+
+
+@modes
+@pytest.mark.parametrize("inside", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_some_steps_may_be_inside_a_mode(cases, mode, inside):
+    case = cases["concat"]
+    frames = [recorded_within(case, mode, i, sensitivity_every=2) for i in (inside, ())]
+    pd.testing.assert_frame_equal(*frames)
 
 
 @modes

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from stability_probe import StabilityProbe
-from stability_probe.probes import per_sample_mse
+from stability_probe import StabilityProbe, verify
+from stability_probe.probes import ProbeBatch, per_sample_mse
 from tests.oracles.loops import recorded, same_bits, trained
 from tests.oracles.recording import assert_rows, expected_step, output_of
 
@@ -94,7 +94,15 @@ WAYS = ("before", "unscaled", "after")
 """When `step` is called: before the scaler's step, after `unscale_`, or after the scaler's step."""
 
 
-def scaled_training(case, way, *, as_tensor=False):
+def spoilt(loss, net, where):
+    """A loss with an infinite slope in every parameter, or in one alone."""
+    if where == "everywhere":
+        return (loss * torch.inf).mean()
+    one = next(p for p in net.parameters() if p.ndim > 1)
+    return loss.mean() + torch.inf * (one.abs() + 1).sum()
+
+
+def scaled_training(case, way, *, as_tensor=False, where="everywhere"):
     """Train in float16 with a GradScaler.
 
     Returns:
@@ -108,7 +116,8 @@ def scaled_training(case, way, *, as_tensor=False):
             batch = case.data(4, seed=step)
             twin, before = copy.deepcopy(net), [p.detach().clone() for p in net.parameters()]
             loss = per_sample_mse(under(FP16)(net, *batch[:2]), batch[2])
-            scaler.scale((loss * torch.inf if step == BAD else loss).mean()).backward()
+            whole = spoilt(loss, net, where) if step == BAD else loss.mean()
+            scaler.scale(whole).backward()
             scale = scaler.get_scale()
             told = {"loss": loss, "grad_scale": torch.tensor(scale) if as_tensor else scale}
             if way == "before":
@@ -140,17 +149,42 @@ def test_scaled_gradients_are_recorded_unscaled(cases, way, as_tensor):
         assert_rows(found, oracle, rtol=1e-5, metrics=usable)
 
 
+@pytest.mark.parametrize("where", ["everywhere", "one parameter"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_marked_steps_are_those_that_the_scaler_skips(case, way):
-    frame, _, skipped = scaled_training(case, way)
+def test_the_marked_steps_are_those_that_the_scaler_skips(case, way, where):
+    frame, expected, skipped = scaled_training(case, way, where=where)
     marks = frame[frame.metric == "skipped"]
     assert skipped == [BAD]
     assert marks.step.tolist() == list(range(1, STEPS + 1))
     assert marks[marks.value == 1].step.tolist() == skipped
     assert set(marks.value) == {0.0, 1.0}
-    gradients = frame[frame.metric.isin(["grad_energy", "feature_grad_energy"])]
-    assert not np.isfinite(gradients[gradients.step == BAD].value).any()
     assert np.isfinite(frame[frame.step != BAD].value).all()
+    gradients = frame[(frame.step == BAD) & frame.metric.str.endswith("grad_energy")]
+    sound = np.isfinite(gradients.value)
+    assert (~sound).sum() == (1 if where == "one parameter" else len(gradients))
+    if where == "one parameter":
+        for row in gradients[sound].itertuples():
+            exact = expected[BAD][row.metric, row.site, row.level, row.stat]
+            assert row.value == pytest.approx(exact, rel=1e-5, abs=1e-12)
+
+
+def test_gradients_of_a_skipped_step_make_no_difference_to_a_verdict(cases):
+    case = cases["uvit"]
+    net = case.net()
+    x, t, target = case.data(8)
+    batch = ProbeBatch((x, t), target=target)
+    with StabilityProbe(net, case.skips(net), every=1, sensitivity_every=2, batch=batch) as probe:
+        for step in range(1, STEPS + 1):
+            loss = per_sample_mse(net(x, t), target) * (torch.inf if step == BAD else 1)
+            loss.mean().backward()
+            probe.step(loss=loss, grad_scale=1.0)
+            net.zero_grad()
+    frame = probe.frame()
+    spoilt = (frame.step == BAD) & ~np.isfinite(frame.value)
+    assert spoilt.sum() > 10
+    with_them, without = (verify(f.reset_index(drop=True)) for f in (frame, frame[~spoilt]))
+    assert with_them == without
+    assert {"HOLDS", "INCONCLUSIVE"} <= {verdict.status for verdict in with_them}
 
 
 def test_the_scale_makes_no_difference(cases):
