@@ -166,7 +166,7 @@ class _Block(NamedTuple):
     def part(self) -> Part:
         """The same as a part of records."""
         n = len(self.columns)
-        has_weight = (~np.isnan(self.weights)).any(axis=0)
+        has_weight = [not np.isnan(self.weights[:, i]).all() for i in range(n)]
         columns = [
             column._replace(weight=n + i if has_weight[i] else -1)
             for i, column in enumerate(self.columns)
@@ -242,8 +242,8 @@ def _joined(blocks: Sequence[_Block]) -> _Block:
         close = np.allclose(values[:, :, i], values[:1, :, i], AGREE, 0.0, equal_nan=True)
         if key is not None and not close:
             raise StabilityProbeError(
-                f"StabilityProbe: {key.metric} of {key.site} is not the same in all processes; call "
-                "step() after the gradients have been averaged over them, as "
+                f"StabilityProbe: {key.metric} of {key.site} is not the same in all processes; "
+                "call step() after the gradients have been averaged over them, as "
                 "DistributedDataParallel and fully_shard do outside no_sync()"
             )
     joined, summed = values[0].copy(), weights[0].copy()

@@ -889,7 +889,7 @@ class TestEasilyWrong:
         net, x = TheoryUNet(8, 2), torch.ones(4, 8)
         with (
             pytest.raises(
-                StabilityProbeError, match=r"call step\(\) before the gradients are zeroed"
+                StabilityProbeError, match=r"call step\(\) before the gradients"
             ),
             StabilityProbe(net, find_skips(net, x), sensitivity_every=0) as probe,
         ):
