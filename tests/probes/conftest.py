@@ -51,6 +51,19 @@ CASES = {
 }
 
 
+SEEN_LESS_OFTEN = ("concat", "unet2d")
+"""Networks on which the ways to train are tried by `make test-all` only: they take the longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(
+            item, "callspec"
+        ) else {}  # fmt: skip
+        if item.path.name.startswith("test_training_") and params.get("case") in SEEN_LESS_OFTEN:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
     """Tiny tensors are faster on one thread, and bitwise comparisons need one number of threads."""

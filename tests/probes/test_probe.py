@@ -888,9 +888,7 @@ class TestEasilyWrong:
     def test_a_step_after_the_gradients_were_zeroed_is_refused(self):
         net, x = TheoryUNet(8, 2), torch.ones(4, 8)
         with (
-            pytest.raises(
-                StabilityProbeError, match=r"call step\(\) before the gradients"
-            ),
+            pytest.raises(StabilityProbeError, match=r"call step\(\) before the gradients"),
             StabilityProbe(net, find_skips(net, x), sensitivity_every=0) as probe,
         ):
             net(x).sum().backward()

@@ -17,7 +17,7 @@ from stability_probe import StabilityProbe, StabilityProbeError, TheoryUNet, sca
 from stability_probe.probes import per_sample_mse
 from stability_probe.probes.sensitivity import SensitivityProbe
 from stability_probe.skips import parse_scaling
-from tests.oracles.loops import recorded, same_bits
+from tests.oracles.loops import checkpointing, recorded, same_bits
 from tests.oracles.recording import assert_rows, expected_step, output_of
 
 F64 = torch.float64
@@ -40,19 +40,6 @@ KINDS = {
 }
 ORDERS = ("each", "sum", "first", "last")
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-
-
-def checkpointing(module, reentrant):
-    """Let every training call of a module, its hooks included, be checkpointed."""
-    plain = type(module)
-
-    def call(self, *args, **kwargs):
-        run = partial(plain.__call__, self, **kwargs)
-        if torch.is_grad_enabled():
-            return checkpoint(run, *args, use_reentrant=reentrant)
-        return run(*args)
-
-    module.__class__ = type(plain.__name__, (plain,), {"__call__": call})
 
 
 def without_dropout(net):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from stability_probe import StabilityProbe, StabilityProbeError, find_skips, scale_skips
 from stability_probe.probes import per_sample_mse
 from stability_probe.skips import parse_scaling
-from tests.oracles.loops import recorded
+from tests.oracles.loops import checkpointing, recorded
 from tests.oracles.recording import (
     Pass,
     assert_rows,
@@ -193,6 +193,18 @@ def test_a_module_at_several_places_is_recorded_at_each(shared, add, scheme):
     for name, parameter in twin.named_parameters():
         (site,) = [s for s in found.index if s.endswith(f"/{name}")]
         assert found[site] == pytest.approx(energy(parameter.grad[None]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_an_encoder_block_that_is_called_twice_may_be_checkpointed(reentrant):
+    """Nothing is asked of its calls one by one."""
+    net, batches = Sharing(encoder=(0, 1, 1)), [data(4, 1), data(3, 2)]
+    twin, skips = copy.deepcopy(net), find_skips(net, batches[0][0])
+    checkpointing(net.a[1], reentrant)
+    frame = recorded(net, skips, batches)
+    passes = [pass_of(twin, batch, [1.0, 1.0, 1.0]) for batch in batches]
+    (sum(p.loss.mean() for p in passes) / 2).backward()
+    assert_rows(frame, expected_samples(passes, add=False), metrics=FEATURES)
 
 
 def test_a_module_that_is_called_twice_and_repeated_by_checkpointing_is_refused():

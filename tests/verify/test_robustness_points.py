@@ -11,7 +11,7 @@ from torch import nn
 
 from stability_probe import TheoryUNet, find_skips, scale_skips
 from stability_probe.probes import ProbeBatch, SensitivityConfig, SensitivityProbe
-from stability_probe.probes.records import RecordBuffer
+from stability_probe.probes.buffer import RecordBuffer
 from stability_probe.probes.summaries import per_sample
 from stability_probe.runs import TrainConfig, build_model, load_images, train
 from stability_probe.skips import FixedScaling, parse_scaling
