@@ -30,7 +30,9 @@
 | `sample_grad_energy` | `a` `b` | i | `s0` ... | largest ‖∇W_p ℓ_s‖² over the block's weights |
 
 The gradient at `u` is of all uses of u_i; where the skip can only be seen as a part of the merged
-tensor, it is of that part. h_0 is the output of the last decoder block, as h_i is of the others; `output` is what the network
+tensor, it is of that part.
+
+h_0 is the output of the last decoder block, as h_i is of the others; `output` is what the network
 returns, after the layers that read h_0 out. `level` is 0 where a quantity belongs to the whole
 network. Means, minima and maxima are over the samples of a step; `s0`, `s1`, ... are the single
 samples of the probe batch. Stats `t0`, `t1`, ... are means over the samples whose noise level falls
