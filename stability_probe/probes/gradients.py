@@ -33,6 +33,8 @@ class ParameterProbe:
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, Block], updates: bool) -> None:
         self._blocks, self._updates = blocks, updates
+        self._parameters: list[Tensor] = []
+        self._before: list[Tensor] = []
         modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in blocks}
         self._places = [(m._parameters, n.rpartition(".")[2]) for n, m in modules.items()]
         self._list()
@@ -44,6 +46,7 @@ class ParameterProbe:
         blocks, updates = self._blocks, self._updates
         pairs = zip(blocks, self._there, self._trained, strict=True)
         named = {name: p for name, p, trained in pairs if p is not None and trained}
+        known = {id(p): v for p, v in zip(self._parameters, self._before, strict=updates)}
         self._parameters = list(named.values())
         local = [_local(p).detach() for p in self._parameters]
         self._zero = torch.zeros(()) if not local else local[0].new_zeros((), dtype=_widest(local))
@@ -51,7 +54,8 @@ class ParameterProbe:
         self._kinds = list(dict.fromkeys(blocks[name] for name in named))
         kinds = [self._kinds.index(blocks[name]) for name in named]
         self._kind_of = torch.tensor(kinds, device=self._zero.device)
-        self._before = [p.clone() for p in local] if updates else []
+        pairs_now = zip(self._parameters, local, strict=True)
+        self._before = [known.get(id(p), v.clone()) for p, v in pairs_now] if updates else []
         joins: list[Literal["sum", "same"]]
         joins = ["sum" if _is_sharded(p) else "same" for p in self._parameters]
         columns = [

@@ -67,10 +67,10 @@ class StabilityProbe:
     reason, no hook remains and everything recorded is stored.
 
     Args:
-        model: the network, not wrapped; attach a scaling scheme before the probe.
+        model: the network; what DistributedDataParallel or torch.compile made of it will do too.
         skips: its long skips, from `find_skips`.
-        every: record each `every`-th optimizer step, and the first one. Every tenth costs nothing
-            that can be noticed; 1 is for short runs and close looks.
+        every: record each `every`-th optimizer step, and the first one; 1 is for short runs and
+            close looks.
         sensitivity_every: take the scheduled measurements at the first step and at each multiple
             of this; 0 never.
         run: a `Run` to store into. Without one, the records stay in memory and grow with the steps.
@@ -220,7 +220,8 @@ class StabilityProbe:
                 `scaler.unscale_` and `scaler.step` do.
 
         Raises:
-            StabilityProbeError: if the model has made no training pass yet that the probe has seen.
+            StabilityProbeError: if the model has made no training pass yet that the probe has seen,
+                if the gradients are gone already, or if what was seen cannot be recorded rightly.
         """
         if self._outgoing is not None:  # what the last flush has queued has arrived by now
             self._keep(self._outgoing)

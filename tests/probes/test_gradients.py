@@ -182,6 +182,22 @@ def test_gradients_of_an_embedding_may_be_sparse():
     assert found[0] == found[1] == pytest.approx([3 * 4.0**2 + 3 * 2.0**2, 27.0])
 
 
+def test_unfreezing_one_parameter_leaves_the_updates_of_the_others(cases):
+    net = cases["add"].net()
+    frozen = net.encoder[0].layer1.weight.requires_grad_(False)
+    probe = ParameterProbe(net, blocks_of(net, cases["add"]), updates=True)
+    probe.read(None)
+    with torch.no_grad():
+        for p in net.parameters():
+            p *= 1.5
+    frozen.requires_grad_(True)
+    rows = (
+        frame_of(*probe.read(None)).query("metric == 'update_ratio'").set_index(["site", "level"])
+    )
+    assert rows.value["mid", 0] == pytest.approx(1 / 3)
+    assert 0 < rows.value["a", 1] < 1 / 3  # it was not followed before
+
+
 def test_the_state_carries_where_parameters_were(cases):
     """Updates go on from the last reading, in another probe too."""
     net = cases["add"].net()
