@@ -48,9 +48,10 @@ from stability_probe.probes.certified_rules import (
 )
 from stability_probe.probes.features import Site
 from stability_probe.skips import SkipConnection, Tap
+from stability_probe.skips.compiled import uncompiled
 from stability_probe.skips.find import evaluating
 from stability_probe.skips.merges import tensors_in
-from stability_probe.skips.taps import TensorFn, uncompiled
+from stability_probe.skips.taps import TensorFn
 
 
 @dataclass(frozen=True)

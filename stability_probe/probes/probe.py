@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -15,47 +15,18 @@ from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.batch import ProbeBatch
 from stability_probe.probes.buffer import Outgoing, RecordBuffer
 from stability_probe.probes.compiled import untraced
+from stability_probe.probes.config import ProbeConfig
 from stability_probe.probes.features import FeatureProbe, is_unwatched, unwatched
 from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.ranks import Ranks
 from stability_probe.probes.records import Key, RunFolder, as_frame
 from stability_probe.probes.refusals import measurable, refuse_unfit
-from stability_probe.probes.sensitivity import SensitivityConfig, SensitivityProbe
+from stability_probe.probes.sensitivity import SensitivityProbe
 from stability_probe.probes.store import Store
 from stability_probe.probes.summaries import per_sample, summarise
 from stability_probe.skips import Block, SkipConnection, parameter_blocks
-from stability_probe.skips.taps import bound_arguments, eagerly, unwrapped
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """The less used settings of a probe.
-
-    Attributes:
-        updates: also record ‖Δθ‖/‖θ‖ per block; it costs a copy of the parameters.
-        noise_bins: number of noise-level bins of equal width.
-        noise_levels: the noise levels run from 0 to this (exclusive).
-        flush_every: recorded steps that are kept on the device before they are stored.
-        timeout: seconds that a flush waits for the other processes of a distributed training.
-        sensitivity: how the scheduled measurements are taken.
-
-    Raises:
-        StabilityProbeError: if a number is not positive.
-    """
-
-    updates: bool = False
-    noise_bins: int = 4
-    noise_levels: float = 1000.0
-    flush_every: int = 50
-    timeout: float = 300.0
-    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("noise_bins", "noise_levels", "flush_every", "timeout"):
-            if getattr(self, name) <= 0:
-                raise StabilityProbeError(
-                    f"ProbeConfig: {name} must be positive, got {getattr(self, name)}"
-                )
+from stability_probe.skips.compiled import eagerly, unwrapped
+from stability_probe.skips.taps import bound_arguments
 
 
 class StabilityProbe:

@@ -20,9 +20,9 @@ from torch import nn
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.skips.candidates import candidates
+from stability_probe.skips.compiled import uncompiled
 from stability_probe.skips.connection import SkipConnection
 from stability_probe.skips.places import describe
-from stability_probe.skips.taps import uncompiled
 from stability_probe.skips.trace import trace
 from stability_probe.skips.waist import long_skips
 

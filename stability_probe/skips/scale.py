@@ -9,10 +9,11 @@ from types import TracebackType
 from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
+from stability_probe.skips.compiled import uncompiled
 from stability_probe.skips.connection import SkipConnection, SkipWarning
 from stability_probe.skips.operands import OperandTap
 from stability_probe.skips.scaling import Scaling
-from stability_probe.skips.taps import Tap, uncompiled
+from stability_probe.skips.taps import Tap
 
 
 class ScaledSkips:

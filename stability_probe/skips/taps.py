@@ -8,8 +8,7 @@ Hooks are objects, not closures, so that a deep copy of a model copies what they
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextlib import ExitStack
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
+from stability_probe.skips.compiled import forget_compiled
 
 TensorFn = Callable[[Tensor], Tensor | None]
 """Called with the tensor at a tap; a tensor that it returns takes the place of the first."""
@@ -285,51 +285,12 @@ class Attached:
 
     def __init__(self, undo: ExitStack) -> None:
         self._undo = undo
-        _forget_compiled()
+        forget_compiled()
 
     def remove(self) -> None:
         """Take all hooks out."""
         self._undo.close()
-        _forget_compiled()
-
-
-_EAGER: ContextVar[bool] = ContextVar("eager", default=False)
-
-
-def _forget_compiled() -> None:
-    if not _EAGER.get():
-        torch.compiler.reset()
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Run compiled modules as they were written, and keep what is compiled for afterwards.
-
-    Taps that are attached inside have to be removed inside.
-    """
-    token = _EAGER.set(True)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        _EAGER.reset(token)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` returned; any other module itself."""
-    inside: nn.Module = getattr(model, "_orig_mod", model)
-    return inside
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile` and DistributedDataParallel, in any order."""
-    while True:
-        inside = uncompiled(model)
-        if isinstance(inside, nn.parallel.DistributedDataParallel):
-            inside = inside.module
-        if inside is model:
-            return model
-        model = inside
+        forget_compiled()
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

@@ -97,3 +97,17 @@ def checkpointing(module: nn.Module, reentrant: bool) -> None:
         return run(*args)
 
     module.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+
+
+def step_that_goes_back_further(
+    net: nn.Module, probe: StabilityProbe, early: Batch, late: Batch
+) -> None:
+    """Two steps; between the passes of the second a graph that the first has kept is used again."""
+    kept = per_sample_mse(net(*early[:2]), early[2]).mean()
+    kept.backward(retain_graph=True)
+    probe.step()
+    loss = per_sample_mse(net(*late[:2]), late[2])
+    kept.backward()
+    net.zero_grad()
+    loss.mean().backward()
+    probe.step(loss=loss)

@@ -5,10 +5,22 @@
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
 import pytest
+import torch
+
+
+@contextmanager
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Begin and end with nothing compiled, and without what `torch.compile` cannot trace."""
+    torch.compiler.reset()
+    without_type_checks(monkeypatch)
+    yield
+    torch.compiler.reset()
 
 
 def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:

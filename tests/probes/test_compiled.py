@@ -14,7 +14,7 @@ from stability_probe.probes import ProbeConfig, SensitivityConfig, per_sample_ms
 from stability_probe.skips import parse_scaling
 from tests.oracles.loops import recorded, same_bits, trained
 from tests.oracles.recording import output_of
-from tests.oracles.unchecked import without_type_checks
+from tests.oracles.unchecked import nothing_compiled
 
 STEPS = 3
 QUICK = ProbeConfig(sensitivity=SensitivityConfig(epsilons=(1e-2,), directions=1, max_products=2))
@@ -31,10 +31,8 @@ names = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    torch.compiler.reset()
-    without_type_checks(monkeypatch)
-    yield
-    torch.compiler.reset()
+    with nothing_compiled(monkeypatch):
+        yield
 
 
 def batches_of(case):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from stability_probe import StabilityProbe
 from stability_probe.probes import per_sample_mse
-from tests.oracles.loops import recorded
+from tests.oracles.loops import recorded, step_that_goes_back_further
 from tests.oracles.recording import assert_rows, expected_step, output_of
 
 SIZES = (5, 2, 4)
@@ -54,14 +54,7 @@ def test_the_gradient_of_an_earlier_steps_pass_is_not_taken_for_one_of_this_step
     case = cases["add"]
     net, (early, late, _) = case.net(F64), batches_of(case)
     with StabilityProbe(net, case.skips(net), every=1, sensitivity_every=0) as probe:
-        kept = per_sample_mse(net(*early[:2]), early[2]).mean()
-        kept.backward(retain_graph=True)
-        probe.step()
-        loss = per_sample_mse(net(*late[:2]), late[2])
-        kept.backward()
-        net.zero_grad()
-        loss.mean().backward()
-        probe.step(loss=loss)
+        step_that_goes_back_further(net, probe, early, late)
     net.zero_grad()
     assert_rows(probe.frame().query("step == 2"), expected_step(net, [late]))
 

@@ -17,7 +17,7 @@ from stability_probe import StabilityProbe, StabilityProbeError, TheoryUNet, sca
 from stability_probe.probes import per_sample_mse
 from stability_probe.probes.sensitivity import SensitivityProbe
 from stability_probe.skips import parse_scaling
-from tests.oracles.loops import checkpointing, recorded, same_bits
+from tests.oracles.loops import checkpointing, recorded, same_bits, step_that_goes_back_further
 from tests.oracles.recording import assert_rows, expected_step, output_of
 
 F64 = torch.float64
@@ -173,14 +173,7 @@ def test_a_repetition_of_an_earlier_steps_pass_is_not_taken_for_one_of_this_step
     for path in BLOCKS["add"]:
         checkpointing(net.get_submodule(path), True)
     with StabilityProbe(net, skips, every=1, sensitivity_every=0) as probe:
-        kept = per_sample_mse(net(*early[:2]), early[2]).mean()
-        kept.backward(retain_graph=True)
-        probe.step()
-        loss = per_sample_mse(net(*late[:2]), late[2])
-        kept.backward()
-        net.zero_grad()
-        loss.mean().backward()
-        probe.step(loss=loss)
+        step_that_goes_back_further(net, probe, early, late)
     assert_rows(probe.frame().query("step == 2"), expected_step(twin, [late]))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from stability_probe import Run
 from tests.oracles.forks import Forks
 
 
@@ -20,3 +21,11 @@ def forks():
     """A process that has imported everything and calls functions in forks of itself."""
     with Forks() as started:
         yield started
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has begun."""
+    run = Run(tmp_path / "deep" / "run", {"scheme": "cs:0.7", "seed": 3})
+    run.begin({"skips": [{"level": 1}]})
+    return run

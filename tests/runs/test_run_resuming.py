@@ -7,23 +7,7 @@ import pandas as pd
 import pytest
 
 from stability_probe import Run, StabilityProbeError
-from stability_probe.probes import COLUMNS
-
-
-def rows(*steps, value=1.0):
-    """Two records a step."""
-    return pd.DataFrame(
-        [(s, m, "loss", 0, "mean", value) for s in steps for m in ("loss", "energy")],
-        columns=list(COLUMNS),
-    )
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run that has begun."""
-    run = Run(tmp_path / "deep" / "run", {"scheme": "cs:0.7", "seed": 3})
-    run.begin({"skips": [{"level": 1}]})
-    return run
+from tests.oracles.runs import rows
 
 
 class TestResume:

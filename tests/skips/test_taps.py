@@ -8,7 +8,8 @@ from torch import nn
 
 from stability_probe import StabilityProbeError
 from stability_probe.skips import ArgumentTap, OutputTap, SliceTap, Tap
-from stability_probe.skips.taps import bound_arguments, first_tensor, uncompiled
+from stability_probe.skips.compiled import uncompiled
+from stability_probe.skips.taps import bound_arguments, first_tensor
 from tests.oracles.zoo import hook_count
 
 ONE, TWO = torch.ones(2, 3), torch.full((2, 3), 2.0)

@@ -9,7 +9,7 @@ import torch
 from stability_probe import ConstantScaling, LearnableScaling, Uniform, find_skips, scale_skips
 from stability_probe.skips import FreeU, OperandTap, SCTuner, SkipWarning
 from tests.oracles.architectures import ZOO, tensors
-from tests.oracles.unchecked import without_type_checks
+from tests.oracles.unchecked import nothing_compiled
 from tests.oracles.zoo import CASES, randomise
 
 CONDITION = ZOO["unet2d-condition"]
@@ -52,10 +52,8 @@ scaled_inside = pytest.mark.filterwarnings("ignore::stability_probe.skips.SkipWa
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    torch.compiler.reset()
-    without_type_checks(monkeypatch)
-    yield
-    torch.compiler.reset()
+    with nothing_compiled(monkeypatch):
+        yield
 
 
 def skips_of(entry, model):
