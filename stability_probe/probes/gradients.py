@@ -12,6 +12,8 @@ from stability_probe.probes.summaries import Numbers
 from stability_probe.skips import Block
 
 SKIPPED = Key("skipped", "optimizer", 0, "value")
+SIZES_EVERY = 10
+"""Steps in which ‖θ‖² is read once: it moves slowly, and reading it costs as much as ‖∇‖²."""
 _NOTHING = Layout([])
 
 
@@ -58,16 +60,23 @@ class ParameterProbe:
         self._before = [known.get(id(p), v.clone()) for p, v in pairs_now] if updates else []
         joins: list[Literal["sum", "same"]]
         joins = ["sum" if _is_sharded(p) else "same" for p in self._parameters]
-        columns = [
-            Column(Key(metric, f"{blocks[name].kind}/{name}", blocks[name].level, "value"), join)
+        slopes, sizes = (
+            [
+                Column(Key(metric, f"{blocks[n].kind}/{n}", blocks[n].level, "value"), join)
+                for n, join in zip(named, joins, strict=True)
+            ]
             for metric in ("grad_energy", "param_energy")
-            for name, join in zip(named, joins, strict=True)
-        ]
-        columns.append(Column(SKIPPED, "max"))
-        if updates:
-            columns += self._update_columns(len(columns), "sum" if "sum" in joins else "same")
-        self._scaled = Layout(columns)
-        self._unscaled = Layout([c if c.key != SKIPPED else Column(None, "max") for c in columns])
+        )
+        first = len(slopes) + len(sizes) + 1
+        moves = self._update_columns(first, "sum" if "sum" in joins else "same") if updates else []
+        self._layouts = {
+            (scaled, sized): Layout(
+                [*slopes, *(sizes if sized else []), Column(SKIPPED if scaled else None, "max")]
+                + (moves if sized else [])
+            )
+            for scaled in (True, False)
+            for sized in (True, False)
+        }
 
     @property
     def have_gradients(self) -> bool:
@@ -75,12 +84,14 @@ class ParameterProbe:
         return not self._parameters or any(p.grad is not None for p in self._parameters)
 
     @torch.no_grad()
-    def read(self, grad_scale: float | Tensor | None) -> Numbers:
+    def read(self, grad_scale: float | Tensor | None, sizes: bool = True) -> Numbers:
         """The energies now.
 
         Args:
             grad_scale: what a GradScaler has multiplied the gradients by, as they are now: 1 if
                 they have been unscaled since. `None` if there is no GradScaler.
+            sizes: read the energies of the parameters too; where updates are measured they are
+                read in any case.
 
         Returns:
             What the numbers are, and the numbers, on the device.
@@ -94,12 +105,12 @@ class ParameterProbe:
                 break
         if not self._parameters:
             return _NOTHING, torch.empty(0)
-        params = [_local(p).detach() for p in self._parameters]
+        sizes = sizes or self._updates
+        params = [_local(p).detach() for p in self._parameters] if sizes else []
         grads = [None if p.grad is None else _dense(_local(p.grad)) for p in self._parameters]
-        norms = self._norms([*(g for g in grads if g is not None), *params])
-        found = iter(norms)
+        found = iter(self._norms([*(g for g in grads if g is not None), *params]))
         slopes = [self._zero if g is None else next(found) for g in grads]
-        table = torch.stack([*slopes, *norms[-len(params) :]]).view(2, -1)
+        table = torch.stack([*slopes, *found]).view(-1, len(slopes))
         skipped = (~table[0].isfinite()).any().to(table.dtype)
         if grad_scale is not None:
             table[0] /= grad_scale
@@ -109,7 +120,7 @@ class ParameterProbe:
             moves = torch.stack(self._norms(list(torch._foreach_sub(params, self._before))))
             torch._foreach_copy_(self._before, params)
             numbers += [self._by_kind(moves.square() * self._shares), self._by_kind(energies[1])]
-        return self._unscaled if grad_scale is None else self._scaled, torch.cat(numbers)
+        return self._layouts[grad_scale is not None, sizes], torch.cat(numbers)
 
     def state_dict(self) -> list[Tensor]:
         """The parameters as they were at the last reading, where updates are measured."""
@@ -122,6 +133,8 @@ class ParameterProbe:
 
     def _norms(self, tensors: list[Tensor]) -> list[Tensor]:
         """‖·‖ of every tensor, in one fused operation, in float32 at least."""
+        if not tensors:
+            return []
         return list(torch._foreach_norm(tensors, 2, dtype=self._zero.dtype))
 
     def _by_kind(self, energies: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from stability_probe.probes.buffer import Outgoing, RecordBuffer
 from stability_probe.probes.compiled import untraced
 from stability_probe.probes.config import ProbeConfig
 from stability_probe.probes.features import FeatureProbe, is_unwatched, unwatched
-from stability_probe.probes.gradients import ParameterProbe
+from stability_probe.probes.gradients import SIZES_EVERY, ParameterProbe
 from stability_probe.probes.ranks import Ranks
 from stability_probe.probes.records import Key, RunFolder, as_frame
 from stability_probe.probes.refusals import measurable, refuse_unfit
@@ -93,6 +93,7 @@ class StabilityProbe:
         self._blocks: dict[str, Block] | None = None
         self._parameters: ParameterProbe | None = None
         self._moved_from: list[Tensor] = []
+        self._sizes_turn = -1
         self._buffer = RecordBuffer(min(self.config.flush_every, 64))
         self._owed = False
         self._dropped: str | None = None
@@ -265,6 +266,7 @@ class StabilityProbe:
         return {
             "steps": self.steps,
             "seconds": seconds,
+            "sizes_turn": self._sizes_turn,
             "moved_from": self._parameters.state_dict() if self._parameters else self._moved_from,
             "batch": None if self._batch is None else self._batch.map(lambda v: v.cpu()),
         }
@@ -285,6 +287,7 @@ class StabilityProbe:
         self.steps = int(state["steps"])
         self._seconds = dict(state["seconds"])
         self._features.seconds = self._seconds.pop("hooks")
+        self._sizes_turn = int(state["sizes_turn"])
         self._moved_from = list(state["moved_from"])
         if self._batch is None:
             self._batch = state.get("batch")
@@ -356,7 +359,9 @@ class StabilityProbe:
                     "pass; call step() before the gradients are zeroed"
                 )
             scale = 1.0 if unscaled and grad_scale is not None else grad_scale
-            self._buffer.add(self.steps, *self._parameters.read(scale))
+            turn = self.steps // SIZES_EVERY
+            self._buffer.add(self.steps, *self._parameters.read(scale, turn != self._sizes_turn))
+            self._sizes_turn = turn
 
     def _measure(self) -> None:
         """Take the scheduled measurements on the probe batch."""
