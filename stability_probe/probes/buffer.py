@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from stability_probe.probes.records import Layout, Part, as_frame
+from stability_probe.probes.records import Numbered, Part, as_frame
 
 
 class _Ring:
@@ -40,7 +40,7 @@ class _Ring:
 class Outgoing:
     """Numbers on their way off the device."""
 
-    def __init__(self, rings: Sequence[tuple[Layout, _Ring]]) -> None:
+    def __init__(self, rings: Sequence[tuple[Numbered, _Ring]]) -> None:
         self._parts = [(layout, ring.steps, *ring.copy()) for layout, ring in rings]
 
     @property
@@ -53,7 +53,7 @@ class Outgoing:
         for *_, event in self._parts:
             if event is not None:
                 event.synchronize()
-        return [Part(layout, steps, v.double().numpy()) for layout, steps, v, _ in self._parts]
+        return [layout.part(steps, v.double().numpy()) for layout, steps, v, _ in self._parts]
 
 
 class RecordBuffer:
@@ -62,7 +62,7 @@ class RecordBuffer:
     Args:
         rows: steps that room is made for; it grows if more come.
 
-    >>> from stability_probe.probes.records import Column, Key
+    >>> from stability_probe.probes.records import Column, Key, Layout
     >>> buffer = RecordBuffer()
     >>> buffer.add(1, Layout([Column(Key("loss", "loss", 0, "mean"))]), torch.tensor([0.5]))
     >>> buffer.frame().values.tolist()
@@ -71,7 +71,7 @@ class RecordBuffer:
 
     def __init__(self, rows: int = 64) -> None:
         self._rows = rows
-        self._rings: dict[tuple[Layout, torch.dtype, torch.device], _Ring] = {}
+        self._rings: dict[tuple[Numbered, torch.dtype, torch.device], _Ring] = {}
 
     def __len__(self) -> int:
         """How many steps the numbers are of."""
@@ -82,7 +82,7 @@ class RecordBuffer:
         """The steps that the numbers are of."""
         return sorted({step for ring in self._rings.values() for step in ring.steps})
 
-    def add(self, step: int, layout: Layout, values: Tensor) -> None:
+    def add(self, step: int, layout: Numbered, values: Tensor) -> None:
         """Keep the numbers of one step: a vector, one entry a column."""
         if len(layout) != len(values):
             raise ValueError(f"{len(layout)} columns for {len(values)} values at step {step}")

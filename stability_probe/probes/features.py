@@ -6,7 +6,7 @@ Hooks reduce every tensor they see to one number a sample, on its device, and ke
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.compiled import Seam, untraced
+from stability_probe.probes.quantities import GRADIENT_NORM, NOISE_LEVEL, NORM, quantities
 from stability_probe.probes.records import Key
 from stability_probe.skips import OutputTap, SkipConnection, SliceTap, Tap
 from stability_probe.skips.taps import Observer, tensors_of
@@ -168,11 +169,10 @@ class FeatureProbe:
         end = model.register_forward_hook(_End(self), always_call=True)
         stack.callback(end.remove)
 
-    def samples(self, grad_scale: float | Tensor) -> dict[Key, Tensor]:
-        """What was seen, and the gains κ_i and cross terms that follow from it, per sample.
+    def taken(self) -> dict[Key, Tensor]:
+        """What was seen per sample, passes one after the other: norms of features and of gradients.
 
-        Args:
-            grad_scale: what the loss was multiplied by before the backward pass.
+        Beside them `NOISE_LEVEL`, if every pass had one.
 
         Raises:
             StabilityProbeError: if it would be wrong.
@@ -180,23 +180,24 @@ class FeatureProbe:
         self.look_at_views()
         if self.unfit is not None:
             raise StabilityProbeError(f"StabilityProbe.step: {self.unfit}")
-        energy = dict(zip(self.norms, _squares(self.norms.values()), strict=True))
-        energy |= {("z", i): e for (site, i), e in energy.items() if site == "h" and i > 0}
-        found = {Key("energy", site, level, ""): e for (site, level), e in energy.items()}
-        whole = [s.level for s in self.skips if _seen_alike(energy, s.level)]
-        if whole:
-            u, ku, z, merged = ([energy[q, i] for i in whole] for q in ("u", "ku", "z", "merged"))
-            gains = torch._foreach_sqrt(torch._foreach_div(ku, u))
-            crosses = torch._foreach_sub(torch._foreach_sub(merged, z), ku)
-            found |= {Key("kappa", "skip", i, ""): g for i, g in zip(whole, gains, strict=True)}
-            found |= {Key("cross", "merge", i, ""): c for i, c in zip(whole, crosses, strict=True)}
-        in_order = [
-            [part for _, part in sorted(numbered, key=lambda pair: pair[0])]
-            for numbered in self.gradients.values()
-        ]
-        for (site, level), e in zip(self.gradients, _squares(in_order, grad_scale), strict=True):
-            found[Key("feature_grad_energy", site, level, "")] = e
+        found = {Key(NORM, *site, ""): _in_a_row(parts) for site, parts in self.norms.items()}
+        for site, numbered in self.gradients.items():
+            in_order = [part for _, part in sorted(numbered, key=lambda pair: pair[0])]
+            found[Key(GRADIENT_NORM, *site, "")] = _in_a_row(in_order)
+        if self.noise_level and len(self.noise_level) == len(self.norms["x", 0]):
+            found[NOISE_LEVEL] = _in_a_row(self.noise_level)
         return found
+
+    def samples(self, grad_scale: float | Tensor) -> dict[Key, Tensor]:
+        """The `quantities` of what was seen.
+
+        Args:
+            grad_scale: what the loss was multiplied by before the backward pass.
+
+        Raises:
+            StabilityProbeError: if it would be wrong.
+        """
+        return quantities(self.taken(), grad_scale)
 
     @property
     def idle(self) -> bool:
@@ -380,17 +381,6 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _seen_alike(energy: dict[Site, Tensor], level: int) -> bool:
-    """Whether all tensors of a merge were seen, and on as many samples as each other."""
-    sites = [(site, level) for site in ("u", "ku", "z", "merged")]
-    return all(site in energy for site in sites) and len({len(energy[s]) for s in sites}) == 1
-
-
-def _squares(passes: Iterable[Sequence[Tensor]], scale: float | Tensor = 1.0) -> list[Tensor]:
-    """The squares of norms over a scale, passes one after the other."""
-    norms = [torch.cat(list(parts)) if len(parts) > 1 else parts[0] for parts in passes]
-    if not norms:
-        return []
-    if isinstance(scale, Tensor) or scale != 1:
-        norms = list(torch._foreach_div(norms, scale))
-    return list(torch._foreach_mul(norms, norms))
+def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
+    """The samples of all passes, one pass after the other."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]

@@ -19,11 +19,12 @@ from stability_probe.probes.config import ProbeConfig
 from stability_probe.probes.features import FeatureProbe, is_unwatched, unwatched
 from stability_probe.probes.gradients import SIZES_EVERY, ParameterProbe
 from stability_probe.probes.ranks import Ranks
-from stability_probe.probes.records import Key, RunFolder, as_frame
+from stability_probe.probes.records import RunFolder, as_frame
 from stability_probe.probes.refusals import measurable, refuse_unfit
 from stability_probe.probes.sensitivity import SensitivityProbe
 from stability_probe.probes.store import Store
-from stability_probe.probes.summaries import per_sample, summarise
+from stability_probe.probes.summaries import per_sample
+from stability_probe.probes.waiting import GRAD_SCALE, LOSS, waiting
 from stability_probe.skips import Block, SkipConnection, parameter_blocks
 from stability_probe.skips.compiled import eagerly, unwrapped
 from stability_probe.skips.taps import bound_arguments
@@ -103,7 +104,6 @@ class StabilityProbe:
         self._hooks = ExitStack()
         self._seconds = {"step": 0.0, "flush": 0.0, "sensitivity": 0.0}
         self._started = time.perf_counter()
-        self._edges: Tensor | None = None
         self._entered = False
         self._ended: float | None = None
 
@@ -266,6 +266,8 @@ class StabilityProbe:
         return {
             "steps": self.steps,
             "seconds": seconds,
+            "seen": self._features.seen,
+            "owed": self._owed,
             "sizes_turn": self._sizes_turn,
             "moved_from": self._parameters.state_dict() if self._parameters else self._moved_from,
             "batch": None if self._batch is None else self._batch.map(lambda v: v.cpu()),
@@ -287,6 +289,7 @@ class StabilityProbe:
         self.steps = int(state["steps"])
         self._seconds = dict(state["seconds"])
         self._features.seconds = self._seconds.pop("hooks")
+        self._features.seen, self._owed = state["seen"], state["owed"]
         self._sizes_turn = int(state["sizes_turn"])
         self._moved_from = list(state["moved_from"])
         if self._batch is None:
@@ -340,18 +343,16 @@ class StabilityProbe:
                 "StabilityProbe.step: no training pass has been seen; call the probed model itself "
                 "(not its forward, nor a copy of it) with gradients enabled, inside the block"
             )
-        # The loss of a distributed training is the mean over the processes' losses.
-        feature_scale = (1.0 if grad_scale is None else grad_scale) * self._ranks.world
-        samples = seen.samples(feature_scale)
+        taken = seen.taken()
+        like = next(iter(taken.values()), torch.empty(0))
         if loss is not None:
-            device = next((v.device for v in samples.values()), None)
-            samples[Key("loss", "loss", 0, "")] = _losses(loss, device)
-        if samples:
-            device = next(iter(samples.values())).device
-            t = torch.cat(seen.noise_level) if seen.noise_level else None
-            if t is not None and len(t) != len(samples[Key("energy", "x", 0, "")]):
-                t = None  # some pass of the step had no noise level
-            self._buffer.add(self.steps, *summarise(samples, t, self._bin_edges(device)))
+            taken[LOSS] = _beside(like, loss)
+        if taken:
+            # The loss of a distributed training is the mean over the processes' losses.
+            loss_scale = (1.0 if grad_scale is None else grad_scale) * self._ranks.world
+            taken[GRAD_SCALE] = _beside(like, loss_scale)
+            bins = self.config.noise_bins, self.config.noise_levels
+            self._buffer.add(self.steps, *waiting(taken, *bins))
         if self._parameters is not None:
             if seen.gradients and not self._parameters.have_gradients:
                 raise StabilityProbeError(
@@ -379,19 +380,13 @@ class StabilityProbe:
         ):
             self._buffer.add(self.steps, *per_sample(probe.measure()))
 
-    def _bin_edges(self, device: torch.device) -> Tensor:
-        if self._edges is None:
-            bins = self.config.noise_bins
-            self._edges = torch.arange(1, bins, device=device) * (self.config.noise_levels / bins)
-        return self._edges
 
-
-def _losses(loss: Tensor | float, device: torch.device | None) -> Tensor:
-    """Losses on a device, without waiting for it; a single one has no dimension."""
-    if isinstance(loss, Tensor):
-        loss = loss.detach()
-        return (loss.reshape(-1) if loss.ndim else loss).to(device, non_blocking=True)
-    return torch.full((), float(loss), device=device)
+def _beside(other: Tensor, numbers: Tensor | float) -> Tensor:
+    """Numbers on the device of others, without waiting for it; a single one has no dimension."""
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach().to(other.device, non_blocking=True)
+        return numbers.reshape(-1) if numbers.ndim else numbers
+    return other.new_full((), numbers)
 
 
 def _inert() -> StabilityProbe:

@@ -94,6 +94,10 @@ class Layout:
     def __len__(self) -> int:
         return len(self.columns)
 
+    def part(self, steps: list[int], values: npt.NDArray[np.float64]) -> "Part":
+        """Numbers (k, columns) of k steps, with what they are."""
+        return Part(self, steps, values)
+
     @cached_property
     def _shown(self) -> npt.NDArray[np.intp]:
         return np.array([i for i, c in enumerate(self.columns) if c.key is not None], dtype=np.intp)
@@ -143,6 +147,19 @@ class Part(NamedTuple):
     layout: Layout
     steps: list[int]
     values: npt.NDArray[np.float64]
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """What numbers of a step are while they wait on the device; a `Layout` is one."""
+
+    def __len__(self) -> int:
+        """How many they are."""
+        ...
+
+    def part(self, steps: list[int], values: npt.NDArray[np.float64]) -> Part:
+        """What is recorded of the numbers (k, `len`) of k steps, off the device."""
+        ...
 
 
 @runtime_checkable

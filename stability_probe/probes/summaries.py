@@ -1,6 +1,6 @@
-"""From one number a sample to a few numbers a step, on the device, in a handful of operations."""
+"""From one number a sample to a few numbers a step, for many steps at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -9,22 +9,24 @@ from torch import Tensor
 from stability_probe.probes.records import Column, Key, Layout
 
 Samples = Mapping[Key, Tensor]
-"""For every quantity (a key without a stat) a vector over samples."""
+"""For every quantity (a key without a stat) its numbers (..., samples); ... may be steps."""
 
 Numbers = tuple[Layout, Tensor]
-"""What numbers are, and a vector of them."""
+"""What numbers are, and the numbers (..., columns)."""
 
 
-def summarise(samples: Samples, noise_level: Tensor | None, edges: Tensor) -> Numbers:
+def summarise(
+    samples: Samples, noise_level: Tensor | None, edges: Tensor, single: Collection[Key] = ()
+) -> Numbers:
     """Mean, least and largest over samples of every quantity, and its means by noise level.
 
     Means are kept as a sum and a number of samples, so that those of several processes add up.
 
     Args:
-        samples: the quantities; those with as many samples as `noise_level` are binned, but for
-            single numbers (without a dimension), which are of no sample.
-        noise_level: t of every sample, or `None`.
+        samples: the quantities; those with as many samples as `noise_level` are binned.
+        noise_level: t of every sample (..., samples), or `None`.
         edges: the inner edges of the noise-level bins, rising; T - 1 of them make T bins.
+        single: quantities of no sample: single numbers (..., 1), which are not binned.
 
     >>> loss = {Key("loss", "loss", 0, ""): torch.tensor([1.0, 3.0])}
     >>> layout, values = summarise(loss, torch.tensor([10, 900]), torch.tensor([500.0]))
@@ -33,25 +35,25 @@ def summarise(samples: Samples, noise_level: Tensor | None, edges: Tensor) -> Nu
     {'mean': 2.0, 'min': 1.0, 'max': 3.0, 't0': 1.0, 't1': 3.0}
     """
     groups: dict[int, list[Key]] = {}  # by number of samples; 0 for single numbers
-    for key, vector in samples.items():
-        groups.setdefault(vector.shape[0] if vector.ndim else 0, []).append(key)
+    for key, values in samples.items():
+        groups.setdefault(0 if key in single else values.shape[-1], []).append(key)
     if not groups:
         return _summary_layout((), None, 0), torch.empty(0)
     dtype = _common_dtype(samples)
     member = None if noise_level is None else _membership(noise_level, edges)
-    binned, values = None, []
+    binned, numbers = None, []
     for place, (size, keys) in enumerate(groups.items()):
-        table = torch.stack([samples[key].to(dtype) for key in keys]).view(len(keys), -1)
-        count = table.new_full((1,), table.shape[1])
-        values += [table.sum(1), *torch.aminmax(table, dim=1), count]
-        if member is not None and size == member.shape[0]:
+        table = torch.stack([samples[key].to(dtype) for key in keys], dim=-2)
+        count = table.new_full((*table.shape[:-2], 1), table.shape[-1])
+        numbers += [table.sum(-1), *torch.aminmax(table, dim=-1), count]
+        if member is not None and size == member.shape[-2]:
             binned = place
-            values.append(_bin_sums(table, member))
+            numbers.append(_bin_sums(table, member))
     if member is not None:
-        values.append(member.sum(0).to(dtype))
-    bins = 0 if member is None else member.shape[1]
+        numbers.append(member.sum(-2).to(dtype))
+    bins = 0 if member is None else member.shape[-1]
     layout = _summary_layout(tuple(map(tuple, groups.values())), binned, bins)
-    return layout, torch.cat(values)
+    return layout, torch.cat(numbers, dim=-1)
 
 
 def per_sample(samples: Samples) -> Numbers:
@@ -97,14 +99,15 @@ def _common_dtype(samples: Samples) -> torch.dtype:
 
 
 def _membership(noise_level: Tensor, edges: Tensor) -> Tensor:
-    """Which sample is in which bin: (samples, bins), boolean."""
-    bins = torch.bucketize(noise_level.float(), edges, right=True)
-    return bins[:, None] == torch.arange(len(edges) + 1, device=bins.device)
+    """Which sample is in which bin: (..., samples, bins), boolean."""
+    bins = torch.bucketize(noise_level.contiguous(), edges.to(noise_level.dtype), right=True)
+    return bins[..., None] == torch.arange(len(edges) + 1, device=bins.device)
 
 
 def _bin_sums(table: Tensor, member: Tensor) -> Tensor:
-    """Sums of (quantities, samples) over the samples of each bin, bin by bin.
+    """Sums of (..., quantities, samples) over the samples of each bin, bin by bin.
 
     NaN stays in its own bin.
     """
-    return torch.where(member.T[:, None, :], table, 0.0).sum(2).flatten()
+    mine = member.mT[..., :, None, :]
+    return torch.where(mine, table[..., None, :, :], 0.0).sum(-1).flatten(-2)

@@ -129,10 +129,12 @@ def expected_step(
     bins: int = 4,
     levels: float = 1000.0,
     within: Callable[[], AbstractContextManager] = nullcontext,
+    sizes: bool = True,
 ) -> dict[Row, float]:
     """The rows of one step, gradients accumulated over `batches`; they stay in the parameters.
 
-    Forward passes run `within` a context.
+    Forward passes run `within` a context. Without `sizes` it is a step in which the parameters'
+    own energies are not recorded.
     """
     passes = []
     for x, t, target in batches:
@@ -142,7 +144,8 @@ def expected_step(
         (grad_scale * seen.loss.mean() / len(batches)).backward()
         passes.append(seen)
     rows = expected_samples(passes, places(net).add, grad_scale, bins=bins, levels=levels)
-    return rows | expected_parameters(net, grad_scale)
+    parameters = expected_parameters(net, grad_scale)
+    return rows | {row: v for row, v in parameters.items() if sizes or row[0] != "param_energy"}
 
 
 def expected_samples(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stability_probe import TheoryUNet, Uniform, find_skips, scale_skips
-from stability_probe.probes import Key
+from stability_probe.probes import Key, features
 from stability_probe.probes.features import FeatureProbe, sample_energy
 from tests.oracles.recording import energy, run_pass
 
@@ -50,6 +50,26 @@ def test_energy_of_a_bad_sample_is_bad_and_of_the_others_is_not(bad):
     found = sample_energy(v)
     assert found[[0, 2]].tolist() == [4.0, 4.0]
     assert not found[1].isfinite()
+
+
+STRIDED = {
+    "slice of the last dimension": lambda v: v[..., 3:5],
+    "slice of the channels": lambda v: v[:, 1:3],
+    "transposed": lambda v: v.transpose(1, 2),
+    "every other": lambda v: v[..., ::2],
+    "channels last": lambda v: v.contiguous(memory_format=torch.channels_last),
+    "slice of channels last": lambda v: v.contiguous(memory_format=torch.channels_last)[:, 1:3],
+    "expanded": lambda v: v[:, :, :1].expand(-1, -1, 6, -1),
+    "one column": lambda v: v[..., :1],
+}
+
+
+@pytest.mark.parametrize("way", STRIDED)
+def test_energy_is_the_same_wherever_the_entries_lie(way):
+    v = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    strided = STRIDED[way](v)
+    expected = strided.contiguous().pow(2).flatten(1).sum(1)
+    torch.testing.assert_close(sample_energy(strided), expected, rtol=1e-12, atol=0)
 
 
 def watch(net, *args, active=True, backward=True, skips=None, **kwargs):
@@ -122,6 +142,32 @@ def test_u_is_seen_before_the_scaling_and_ku_after_it():
         torch.testing.assert_close(ku, u / 16)
         exact = energy(run_pass(NET, X, torch.zeros(4)).u[i])
         torch.testing.assert_close(u.double(), exact, rtol=1e-5, atol=0)
+
+
+SCALED = {
+    "not": (lambda u: None, 1.0),
+    "by another tensor": (lambda u: 0.5 * u, 0.5),
+    "in place": (lambda u: u.mul_(0.5), 0.5),
+    "by a copy": (lambda u: u.clone(), 1.0),
+}
+
+
+@pytest.mark.parametrize("way", SCALED)
+def test_what_is_done_to_a_skip_on_its_way_is_seen(monkeypatch, way):
+    """κu is reduced for itself but where it is u itself, untouched."""
+    net, (scale, kappa) = TheoryUNet(8, 2), SCALED[way]
+    for module in net.encoder:  # a view's gradient could not be told when it is written to
+        module.register_forward_hook(lambda m, a, out: out.clone())
+    skips, reduced = find_skips(net, X), []
+    norm = features._norm
+    monkeypatch.setattr(features, "_norm", lambda v: reduced.append(v) or norm(v))
+    with ExitStack() as stack:
+        for s in skips:
+            stack.callback(s.skip.attach(net, scale).remove)
+        found = watch(net, X, skips=skips, backward=False).samples(1.0)
+    for i in (1, 2):
+        assert found[Key("kappa", "skip", i, "")].tolist() == pytest.approx([kappa] * 4)
+    assert len(reduced) == len(SITES) - (2 if way == "not" else 0)
 
 
 def test_gradients_are_unscaled_by_the_loss_scale():

@@ -208,14 +208,14 @@ class TestNothingIsLeft:
         ("owner", "name"),
         [
             (features_module, "_norm"),
-            (FeatureProbe, "samples"),
+            (FeatureProbe, "taken"),
             (FeatureProbe, "_on_input"),
             (ParameterProbe, "read"),
             (SensitivityProbe, "secants"),
             (SensitivityProbe, "jacobian_norms"),
             (sensitivity_module, "sample_gradients"),
             (probe_module, "parameter_blocks"),
-            (probe_module, "summarise"),
+            (probe_module, "waiting"),
         ],
     )
     def test_after_an_exception_in_the_probe_itself(self, cases, monkeypatch, owner, name):
@@ -886,7 +886,40 @@ class TestEasilyWrong:
             net.zero_grad()
             probe.step()
 
-    def test_a_parameter_that_is_unfrozen_or_replaced_is_recorded_from_then_on(self):
+    @pytest.mark.parametrize(
+        ("every", "idle", "expected"),
+        [
+            (1, (), [1, 10, 20, 30]),
+            (3, (), [1, 12, 21, 30]),
+            (10, (), [1, 10, 20, 30]),
+            (25, (), [1, 25]),
+            (10, (10, 20, 21), [1, 11, 22, 30]),
+        ],
+    )
+    def test_sizes_of_parameters_are_read_once_in_ten_steps(self, every, idle, expected):
+        """Those of them that are recorded, whichever they are; going on elsewhere changes none."""
+        net, x = TheoryUNet(8, 2), torch.ones(4, 8)
+        skips, frames, state = find_skips(net, x), [], None
+        for first, last in ((1, 17), (18, 32)):
+            probe = StabilityProbe(net, skips, every=every, sensitivity_every=0)
+            if state is not None:
+                probe.load_state_dict(state)
+            with probe:
+                for step in range(first, last + 1):
+                    if step not in idle:
+                        net(x).square().mean().backward()
+                    probe.step()
+                    net.zero_grad()
+                probe.flush()
+                state = probe.state_dict()
+            frames.append(probe.frame())
+        frame = pd.concat(frames)
+        assert frame[frame.metric == "param_energy"].step.unique().tolist() == expected
+        recorded = frame[frame.metric == "grad_energy"].step.unique().tolist()
+        assert set(expected) <= set(recorded)
+
+    def test_a_parameter_that_is_unfrozen_or_replaced_is_recorded_from_then_on(self, monkeypatch):
+        monkeypatch.setattr(probe_module, "SIZES_EVERY", 1)
         net, x = TheoryUNet(8, 2), torch.ones(4, 8)
         first, last = net.encoder[0].layer1, net.encoder[1].layer1
         first.weight.requires_grad_(False)

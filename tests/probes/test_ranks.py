@@ -221,12 +221,14 @@ def joined(*parts_of):
 
 
 def summary(x, loss, t, steps=(1,)):
-    """What a process records of samples and their losses."""
+    """What a process records of samples and their losses, or of one loss for all of them."""
+    losses, single = Key("loss", "loss", 0, ""), not isinstance(loss, list)
     samples = {
         Key("energy", "x", 0, ""): torch.tensor(x),
-        Key("loss", "loss", 0, ""): torch.tensor(loss),
+        losses: torch.tensor([loss] if single else loss),
     }
-    layout, values = summarise(samples, torch.tensor(t), torch.tensor([500.0]))
+    edges = torch.tensor([500.0])
+    layout, values = summarise(samples, torch.tensor(t), edges, [losses] if single else [])
     return Part(layout, list(steps), np.stack([values.double().numpy()] * len(steps)))
 
 

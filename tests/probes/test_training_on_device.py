@@ -86,10 +86,12 @@ def test_hooks_and_step_launch_no_copy_of_an_activation(case, layout):
     with StabilityProbe(net, skips, every=1, sensitivity_every=0) as probe:
         step_of(net, batch, probe, context)  # the first step finds out about the model
         probed = launched(net, batch, probe, context)
+        rows = {("copy_", ring.room.shape[1]) for ring in probe._buffer._rings.values()}
     more = probed - bare
     assert not bare - probed
     assert more["linalg_vector_norm", len(batch[0])] > 4 * len(skips)
-    assert not {key for key in more if key[0] in COPIES and key[1] >= batch[0].numel()}
+    copies = {key for key in more if key[0] in COPIES and key[1] >= batch[0].numel()}
+    assert copies <= rows  # numbers that hooks have found, of all samples and features
 
 
 def test_channels_last_has_the_same_records(cases):
@@ -145,7 +147,7 @@ def test_no_step_reads_a_value_or_goes_to_another_device(case):
 
 WAYS = {
     "hook": (features, "_norm"),
-    "summarise": (probe, "summarise"),
+    "waiting": (probe, "waiting"),
     "read": (gradients.ParameterProbe, "read"),
 }
 

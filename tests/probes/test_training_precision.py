@@ -133,7 +133,8 @@ def scaled_training(case, way, *, as_tensor=False, where="everywhere"):
             if same_bits(before, [p.detach() for p in net.parameters()]):
                 skipped.append(step)
                 assert scaler.get_scale() == scale / 2
-            expected[step] = expected_step(twin, [batch], grad_scale=scale, within=FP16)
+            known = {"grad_scale": scale, "within": FP16, "sizes": step == 1}
+            expected[step] = expected_step(twin, [batch], **known)
     return probe.frame(), expected, skipped
 
 

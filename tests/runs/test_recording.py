@@ -182,7 +182,7 @@ class TestTraining:
 
         with pytest.raises(OSError, match="no space"):
             record_training(TrainConfig(**QUICK), tmp_path / "callback", PLAIN, fail)
-        monkeypatch.setattr(probe_module, "summarise", fail)
+        monkeypatch.setattr(probe_module, "waiting", fail)
         with pytest.raises(OSError, match="no space"):
             record_training(TrainConfig(**QUICK), tmp_path / "probe", PLAIN)
         for name in ("callback", "probe"):
