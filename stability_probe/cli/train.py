@@ -66,7 +66,13 @@ def _settings(options: TrainOptions) -> tuple[TrainConfig, RecordConfig, bool]:
         config, probing = recorded_settings(run)
         there = {**config.as_dict(), **probing.as_dict()}
         refuse_contradiction(options.out, there, options.given)
-        return config, probing, run.info["state"] == "complete"
+        finished = run.info["state"] == "complete"
+        if finished and options.weights is not None:
+            raise StabilityProbeError(
+                f"{options.out}: is complete, and its weights were not kept; to have them, train "
+                "it again with --weights in another folder"
+            )
+        return config, probing, finished
     if "scheme" not in options.given:
         raise StabilityProbeError(
             f"{options.out}: holds no run to resume; start one with --scheme"

@@ -95,7 +95,8 @@ class RecordBuffer:
     def take(self) -> Outgoing:
         """Start copying the numbers off the device, and forget them here."""
         self._rings = {kind: ring for kind, ring in self._rings.items() if ring.steps}
-        outgoing = Outgoing([(kind[0], ring) for kind, ring in self._rings.items()])
+        rings = [(kind[0], ring) for kind, ring in self._rings.items()]
+        outgoing = Outgoing(sorted(rings, key=lambda pair: pair[0].order))
         for ring in self._rings.values():
             ring.steps = []
         return outgoing

@@ -27,6 +27,9 @@ from stability_probe.skips.taps import Observer, tensors_of
 Site = tuple[str, int]
 """A quantity of Eq. 4: its name and its level."""
 
+_ACCUMULATED = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""What norms are accumulated in, where it is not the tensor's own type."""
+_ALL_BUT_FIRST = [tuple(range(1, ndim)) for ndim in range(6)]
 _EARLIER = -1
 """Stands for the number of a pass of an earlier step."""
 
@@ -70,16 +73,17 @@ def _norm(tensor: Tensor) -> Tensor:
         StabilityProbeError: if there are no samples.
     """
     tensor = tensor.detach()
-    if tensor.ndim < 2:
-        if tensor.ndim == 0:
+    ndim = tensor.ndim
+    if ndim < 2:
+        if ndim == 0:
             raise StabilityProbeError(
                 "StabilityProbe: the model's output, or a feature, is one number and has no "
                 "samples; a model that returns a loss too has to return its output before it"
             )
-        tensor = tensor[:, None]
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    dims = list(range(1, tensor.ndim))
-    if not tensor.is_contiguous() and len(dims) > 1:
+        tensor, ndim = tensor[:, None], 2
+    dtype = _ACCUMULATED.get(tensor.dtype)
+    dims = _ALL_BUT_FIRST[ndim] if ndim < len(_ALL_BUT_FIRST) else tuple(range(1, ndim))
+    if ndim > 2 and not tensor.is_contiguous():
         # Rows with gaps between them, as slices of the last dimension have: reduced all at once
         # they take six times as long as row by row.
         row, *others = sorted(dims, key=tensor.stride)
@@ -99,6 +103,7 @@ class FeatureProbe:
 
     Attributes:
         active: whether training passes are looked at.
+        details: whether gradients with respect to features are, too.
         seen: whether there has been one.
         passes: how many there have been since `clear`.
         norms: ‖·‖ per sample for each of them, by site.
@@ -116,6 +121,7 @@ class FeatureProbe:
     def __init__(self, skips: Sequence[SkipConnection]) -> None:
         self.skips = skips
         self.active, self.passing, self.seen = False, False, False
+        self.details = True
         self.seconds = 0.0
         self._signature = inspect.signature(lambda *args, **kwargs: None)
         self.clear()
@@ -263,7 +269,7 @@ class FeatureProbe:
             x, t = tensors[0], next(iter(tensors[1:]), None)
             self.norms.setdefault(("x", 0), []).append(_norm(x))
             if t is not None and t.numel() in (1, len(x)):
-                self.noise_level.append(t.detach().reshape(-1).expand(len(x)).float())
+                self.noise_level.append(t.detach().reshape(-1).expand(len(x)))
         self.seconds += time.perf_counter() - started
 
     def _on_output(self, output: Any) -> None:
@@ -335,7 +341,7 @@ class _Observer(Observer):
             self._repeated(tensor)
             return
         started = time.perf_counter()
-        if self.grad:
+        if self.grad and probe.details:
             number = probe.passes - 1
             if tensor.requires_grad:
                 self._hook(tensor, number)

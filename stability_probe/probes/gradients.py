@@ -1,19 +1,19 @@
 """Energies of parameters, of their gradients, and of their updates."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from operator import is_not
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.probes.records import Column, Key, Layout
-from stability_probe.probes.summaries import Numbers
+from stability_probe.probes.records import Column, Join, Key, Layout, Numbered, Part
 from stability_probe.skips import Block
 
 SKIPPED = Key("skipped", "optimizer", 0, "value")
-SIZES_EVERY = 10
-"""Steps in which ‖θ‖² is read once: it moves slowly, and reading it costs as much as ‖∇‖²."""
 _NOTHING = Layout([])
 
 
@@ -44,35 +44,27 @@ class ParameterProbe:
     def _list(self) -> None:
         """Look which parameters there are, and which of them train."""
         self._there = [parameters.get(name) for parameters, name in self._places]
-        self._trained = [p is not None and p.requires_grad for p in self._there]
         blocks, updates = self._blocks, self._updates
-        pairs = zip(blocks, self._there, self._trained, strict=True)
-        named = {name: p for name, p, trained in pairs if p is not None and trained}
+        there = {n: p for n, p in zip(blocks, self._there, strict=True) if p is not None}
+        named = {name: p for name, p in there.items() if p.requires_grad}
+        self._frozen = [p for p in there.values() if not p.requires_grad]
         known = {id(p): v for p, v in zip(self._parameters, self._before, strict=updates)}
         self._parameters = list(named.values())
         local = [_local(p).detach() for p in self._parameters]
         self._zero = torch.zeros(()) if not local else local[0].new_zeros((), dtype=_widest(local))
-        self._shares = self._zero.new_tensor([_share(name, p) for name, p in named.items()])
-        self._kinds = list(dict.fromkeys(blocks[name] for name in named))
-        kinds = [self._kinds.index(blocks[name]) for name in named]
-        self._kind_of = torch.tensor(kinds, device=self._zero.device)
         pairs_now = zip(self._parameters, local, strict=True)
         self._before = [known.get(id(p), v.clone()) for p, v in pairs_now] if updates else []
-        joins: list[Literal["sum", "same"]]
-        joins = ["sum" if _is_sharded(p) else "same" for p in self._parameters]
-        slopes, sizes = (
-            [
-                Column(Key(metric, f"{blocks[n].kind}/{n}", blocks[n].level, "value"), join)
-                for n, join in zip(named, joins, strict=True)
-            ]
-            for metric in ("grad_energy", "param_energy")
-        )
-        first = len(slopes) + len(sizes) + 1
-        moves = self._update_columns(first, "sum" if "sum" in joins else "same") if updates else []
-        self._layouts = {
-            (scaled, sized): Layout(
-                [*slopes, *(sizes if sized else []), Column(SKIPPED if scaled else None, "max")]
-                + (moves if sized else [])
+        joins: list[Join] = ["sum" if _is_sharded(p) else "same" for p in self._parameters]
+        self._sharded = "sum" in joins
+        self._kept = {
+            (scaled, sized): _Norms(
+                list(named),
+                [blocks[name] for name in named],
+                joins,
+                [_share(name, p) for name, p in named.items()],
+                scaled=scaled,
+                sized=sized,
+                moved=sized and updates,
             )
             for scaled in (True, False)
             for sized in (True, False)
@@ -84,43 +76,45 @@ class ParameterProbe:
         return not self._parameters or any(p.grad is not None for p in self._parameters)
 
     @torch.no_grad()
-    def read(self, grad_scale: float | Tensor | None, sizes: bool = True) -> Numbers:
-        """The energies now.
+    def read(
+        self, grad_scale: float | Tensor | None, sizes: bool = True
+    ) -> tuple[Numbered, Tensor]:
+        """The norms now; energies are made of them when they have left the device.
 
         Args:
             grad_scale: what a GradScaler has multiplied the gradients by, as they are now: 1 if
                 they have been unscaled since. `None` if there is no GradScaler.
-            sizes: read the energies of the parameters too; where updates are measured they are
-                read in any case.
+            sizes: read the parameters too; where updates are measured they are read in any case.
 
         Returns:
             What the numbers are, and the numbers, on the device.
         """
-        for (parameters, name), p, trained in zip(
-            self._places, self._there, self._trained, strict=True
+        now = [parameters.get(name) for parameters, name in self._places]
+        if (
+            any(map(is_not, now, self._there))
+            or not all(p.requires_grad for p in self._parameters)
+            or any(p.requires_grad for p in self._frozen)
         ):
-            now = parameters.get(name)
-            if now is not p or (p is not None and p.requires_grad is not trained):
-                self._list()  # one was put in the place of another, frozen or unfrozen
-                break
+            self._list()  # one was put in the place of another, frozen or unfrozen
         if not self._parameters:
             return _NOTHING, torch.empty(0)
         sizes = sizes or self._updates
         params = [_local(p).detach() for p in self._parameters] if sizes else []
-        grads = [None if p.grad is None else _dense(_local(p.grad)) for p in self._parameters]
-        found = iter(self._norms([*(g for g in grads if g is not None), *params]))
-        slopes = [self._zero if g is None else next(found) for g in grads]
-        table = torch.stack([*slopes, *found]).view(-1, len(slopes))
-        skipped = (~table[0].isfinite()).any().to(table.dtype)
-        if grad_scale is not None:
-            table[0] /= grad_scale
-        energies = table.square() * self._shares
-        numbers = [energies.view(-1), skipped.view(1)]
-        if self._before:
-            moves = torch.stack(self._norms(list(torch._foreach_sub(params, self._before))))
+        grads = [p.grad for p in self._parameters]
+        there = [g for g in grads if g is not None]
+        if self._sharded or any(g.is_sparse for g in there):
+            there = [_dense(_local(g)) for g in there]
+        moves = torch._foreach_sub(params, self._before) if self._updates else ()
+        norms = self._norms([*there, *params, *moves])
+        if self._updates:
             torch._foreach_copy_(self._before, params)
-            numbers += [self._by_kind(moves.square() * self._shares), self._by_kind(energies[1])]
-        return self._layouts[grad_scale is not None, sizes], torch.cat(numbers)
+        if len(there) < len(grads):
+            found = iter(norms)
+            norms = [*(self._zero if g is None else next(found) for g in grads), *found]
+        if grad_scale is not None:
+            scale = torch.as_tensor(grad_scale, dtype=self._zero.dtype)
+            norms.append(scale.reshape(()).to(self._zero.device, non_blocking=True))
+        return self._kept[grad_scale is not None, sizes], torch.stack(norms)
 
     def state_dict(self) -> list[Tensor]:
         """The parameters as they were at the last reading, where updates are measured."""
@@ -137,18 +131,71 @@ class ParameterProbe:
             return []
         return list(torch._foreach_norm(tensors, 2, dtype=self._zero.dtype))
 
-    def _by_kind(self, energies: Tensor) -> Tensor:
-        """Sums over the parameters of each kind of block."""
-        return energies.new_zeros(len(self._kinds)).index_add_(0, self._kind_of, energies)
 
-    def _update_columns(self, first: int, join: Literal["sum", "same"]) -> list[Column]:
-        """Squared moves of each kind of block, then the squared sizes that they are relative to."""
-        n = len(self._kinds)
-        moves = [
-            Column(Key("update_ratio", b.kind, b.level, "value"), join, first + n + i, "root")
-            for i, b in enumerate(self._kinds)
+class _Norms:
+    """What the norms of one reading are, and the energies that are recorded of them.
+
+    They are of the gradients and, if `sized`, of the parameters, if `moved` of their moves; at the
+    end, if `scaled`, comes what the gradients were multiplied by.
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        blocks: Sequence[Block],
+        joins: Sequence[Join],
+        shares: Sequence[float],
+        *,
+        scaled: bool,
+        sized: bool,
+        moved: bool,
+    ) -> None:
+        self._scaled, self._sized, self._moved = scaled, sized, moved
+        self._shares = np.asarray(shares)
+        kinds = list(dict.fromkeys(blocks)) if moved else []
+        self._of_kind = [[i for i, b in enumerate(blocks) if b == kind] for kind in kinds]
+        metrics = ("grad_energy", "param_energy")[: 1 + sized]
+        columns = [
+            Column(Key(metric, f"{block.kind}/{name}", block.level, "value"), join)
+            for metric in metrics
+            for name, block, join in zip(names, blocks, joins, strict=True)
         ]
-        return [*moves, *[Column(None, join)] * n]
+        columns.append(Column(SKIPPED if scaled else None, "max"))
+        first = len(columns) + len(kinds)
+        join: Join = "sum" if "sum" in joins else "same"
+        columns += [
+            Column(Key("update_ratio", b.kind, b.level, "value"), join, first + i, "root")
+            for i, b in enumerate(kinds)
+        ]
+        columns += [Column(None, join)] * len(kinds)
+        self._layout = Layout(columns)
+
+    def __len__(self) -> int:
+        return len(self._shares) * (1 + self._sized + self._moved) + self._scaled
+
+    def part(self, steps: list[int], values: npt.NDArray[np.float64]) -> Part:
+        """The numbers that are recorded of steps.
+
+        Args:
+            steps: the steps, k of them.
+            values: norms (k, columns).
+        """
+        scale = values[:, -1:] if self._scaled else 1.0
+        end = -1 if self._scaled else None
+        tables = np.split(values[:, :end], 1 + self._sized + self._moved, axis=1)
+        skipped = ~np.isfinite(tables[0]).all(axis=1, keepdims=True)
+        tables[0] = tables[0] / scale
+        energies = [table**2 * self._shares for table in tables]
+        numbers = [*energies[: 1 + self._sized], skipped.astype(float)]
+        if self._moved:
+            sizes, moves = energies[1:]
+            numbers += [
+                np.stack([table[:, of].sum(axis=1) for of in self._of_kind], axis=1)
+                for table in (moves, sizes)
+            ]
+        return Part(self._layout, steps, np.concatenate(numbers, axis=1))
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:

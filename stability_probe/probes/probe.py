@@ -17,7 +17,7 @@ from stability_probe.probes.buffer import Outgoing, RecordBuffer
 from stability_probe.probes.compiled import untraced
 from stability_probe.probes.config import ProbeConfig
 from stability_probe.probes.features import FeatureProbe, is_unwatched, unwatched
-from stability_probe.probes.gradients import SIZES_EVERY, ParameterProbe
+from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.ranks import Ranks
 from stability_probe.probes.records import RunFolder, as_frame
 from stability_probe.probes.refusals import measurable, refuse_unfit
@@ -94,7 +94,7 @@ class StabilityProbe:
         self._blocks: dict[str, Block] | None = None
         self._parameters: ParameterProbe | None = None
         self._moved_from: list[Tensor] = []
-        self._sizes_turn = -1
+        self._details_turn = -1
         self._buffer = RecordBuffer(min(self.config.flush_every, 64))
         self._owed = False
         self._dropped: str | None = None
@@ -125,7 +125,7 @@ class StabilityProbe:
             if self.run is not None:
                 self._ranks.together(self._begin)
             self._hooks = stack.pop_all()
-        self._features.active = self._due(self.steps + 1)
+        self._expect(self.steps + 1)
         self._started = time.perf_counter() - self._seconds.pop("earlier", 0.0)
         return self
 
@@ -204,6 +204,8 @@ class StabilityProbe:
             if not self._owed:
                 with self._timed("step"):
                     self._record(loss, grad_scale, grads_unscaled)
+                if self._features.details:
+                    self._details_turn = self._turn(self.steps)
         self._features.clear()
         if self.sensitivity_every and (self.steps == 1 or self.steps % self.sensitivity_every == 0):
             with self._timed("sensitivity"):
@@ -213,7 +215,7 @@ class StabilityProbe:
                 self._outgoing = self._buffer.take()
             if self._outgoing.arrived:
                 self._keep(self._outgoing)
-        self._features.active = self._due(self.steps + 1)
+        self._expect(self.steps + 1)
 
     def flush(self) -> None:
         """Store what is still on the device; in a distributed training, called by all processes."""
@@ -268,7 +270,7 @@ class StabilityProbe:
             "seconds": seconds,
             "seen": self._features.seen,
             "owed": self._owed,
-            "sizes_turn": self._sizes_turn,
+            "details_turn": self._details_turn,
             "moved_from": self._parameters.state_dict() if self._parameters else self._moved_from,
             "batch": None if self._batch is None else self._batch.map(lambda v: v.cpu()),
         }
@@ -290,10 +292,18 @@ class StabilityProbe:
         self._seconds = dict(state["seconds"])
         self._features.seconds = self._seconds.pop("hooks")
         self._features.seen, self._owed = state["seen"], state["owed"]
-        self._sizes_turn = int(state["sizes_turn"])
+        self._details_turn = int(state["details_turn"])
         self._moved_from = list(state["moved_from"])
         if self._batch is None:
             self._batch = state.get("batch")
+
+    def _expect(self, step: int) -> None:
+        """Look at what the next step will be recorded of."""
+        self._features.active = self._due(step)
+        self._features.details = self._turn(step) != self._details_turn
+
+    def _turn(self, step: int) -> int:
+        return step // self.config.details_every
 
     def _due(self, step: int) -> bool:
         return self._owed or step == 1 or step % self.every == 0
@@ -360,9 +370,7 @@ class StabilityProbe:
                     "pass; call step() before the gradients are zeroed"
                 )
             scale = 1.0 if unscaled and grad_scale is not None else grad_scale
-            turn = self.steps // SIZES_EVERY
-            self._buffer.add(self.steps, *self._parameters.read(scale, turn != self._sizes_turn))
-            self._sizes_turn = turn
+            self._buffer.add(self.steps, *self._parameters.read(scale, seen.details))
 
     def _measure(self) -> None:
         """Take the scheduled measurements on the probe batch."""

@@ -54,6 +54,10 @@ CATEGORIES = ("metric", "site", "stat")
 """Those of them that hold names."""
 
 
+Join = Literal["sum", "min", "max", "same"]
+"""What a number is over several processes: the sum, least or largest of theirs, or the same."""
+
+
 class Key(NamedTuple):
     """What a recorded number is: everything of a row but its step and its value."""
 
@@ -76,7 +80,7 @@ class Column(NamedTuple):
     """
 
     key: Key | None
-    join: Literal["sum", "min", "max", "same"] = "same"
+    join: Join = "same"
     weight: int = -1
     how: Literal["value", "count", "mean", "root"] = "value"
 
@@ -87,6 +91,8 @@ class Layout:
     Layouts are compared by identity, since every step has one: whoever takes numbers makes the
     layout once.
     """
+
+    order = 2
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.columns = tuple(columns)
@@ -151,7 +157,13 @@ class Part(NamedTuple):
 
 @runtime_checkable
 class Numbered(Protocol):
-    """What numbers of a step are while they wait on the device; a `Layout` is one."""
+    """What numbers of a step are while they wait on the device; a `Layout` is one.
+
+    Attributes:
+        order: their place among the numbers of a step.
+    """
+
+    order: int
 
     def __len__(self) -> int:
         """How many they are."""

@@ -30,6 +30,8 @@ class Waiting:
         noise_levels: the noise levels run from 0 to this (exclusive).
     """
 
+    order = 0
+
     def __init__(
         self, shapes: Sequence[tuple[Key, tuple[int, ...]]], bins: int, noise_levels: float
     ) -> None:
@@ -66,8 +68,10 @@ def waiting(taken: Mapping[Key, Tensor], bins: int, noise_levels: float) -> tupl
         bins: see `Waiting`.
         noise_levels: see `Waiting`.
     """
-    shapes = tuple((key, tuple(v.shape)) for key, v in taken.items())
-    return _waiting(shapes, bins, noise_levels), torch.cat([v.reshape(-1) for v in taken.values()])
+    shapes = tuple((key, v.shape) for key, v in taken.items())
+    return _waiting(shapes, bins, noise_levels), torch.cat(
+        [v if v.ndim else v[None] for v in taken.values()]
+    )
 
 
 _waiting = lru_cache(Waiting)

@@ -163,6 +163,8 @@ def _record(
     with ExitStack() as stack:
         model, training, probe = _set_up(run, images, settings, stack)
         if start.again:
+            text = f"{run.path}: holds no training state; it starts again from the first step"
+            warnings.warn(text, RecordWarning, stacklevel=2)
             from_main(run.clear)
         if start.state is not None:
             training.load_state_dict(start.state["training"])

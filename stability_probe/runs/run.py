@@ -254,12 +254,21 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         StabilityProbeError: if the file cannot be written.
     """
+    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        StabilityProbeError: if the file cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        partial.write_text(json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(text, encoding="utf-8")
         put_in_place(partial, path)
     except OSError as error:
         raise StabilityProbeError(f"{path}: cannot be written ({error.strerror})") from error

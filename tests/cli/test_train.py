@@ -43,7 +43,9 @@ def interrupted(cli, monkeypatch):
             patch.setattr(Training, "__next__", until)
             result = cli(*args)
         assert result.code == 130
-        assert result.complaints == ["error: interrupted; what was recorded is kept"]
+        *before, last = result.complaints
+        assert last == "error: interrupted; what was recorded is kept"
+        assert all("holds no training state; it starts again from" in line for line in before)
 
     return call
 
@@ -188,6 +190,21 @@ class TestRefusals:
         assert "remove it to start again from the first step" in line
         (stopped / STATE_FILE).unlink()
         assert cli(*train(stopped, "--resume")).code == 0
+
+    def test_weights_of_a_run_that_is_complete(self, refused, whole, tmp_path, contents):
+        before = contents(whole[0])
+        line = refused(*train(whole[0], "--resume", "--weights", tmp_path / "w.pth"))
+        assert line.startswith(f"{whole[0]}: is complete, and its weights were not kept; to have")
+        assert not (tmp_path / "w.pth").exists() and contents(whole[0]) == before
+
+    def test_a_run_without_a_training_state_says_that_it_starts_again(self, cli, stopped):
+        (stopped / STATE_FILE).unlink()
+        result = cli(*train(stopped, "--resume"))
+        assert result.code == 0
+        (line,) = result.complaints
+        assert line == (
+            f"warning: {stopped}: holds no training state; it starts again from the first step"
+        )
 
     def test_weights_that_cannot_be_written(self, refused, tmp_path):
         """Before anything is trained."""

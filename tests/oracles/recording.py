@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stability_probe import TheoryUNet, UViT
 from stability_probe.models.uvit import timestep_embedding
+from stability_probe.probes import ProbeConfig
 
 Row = tuple[str, str, int, str]
 """metric, site, level, stat."""
@@ -129,12 +130,10 @@ def expected_step(
     bins: int = 4,
     levels: float = 1000.0,
     within: Callable[[], AbstractContextManager] = nullcontext,
-    sizes: bool = True,
 ) -> dict[Row, float]:
     """The rows of one step, gradients accumulated over `batches`; they stay in the parameters.
 
-    Forward passes run `within` a context. Without `sizes` it is a step in which the parameters'
-    own energies are not recorded.
+    Forward passes run `within` a context.
     """
     passes = []
     for x, t, target in batches:
@@ -144,8 +143,7 @@ def expected_step(
         (grad_scale * seen.loss.mean() / len(batches)).backward()
         passes.append(seen)
     rows = expected_samples(passes, places(net).add, grad_scale, bins=bins, levels=levels)
-    parameters = expected_parameters(net, grad_scale)
-    return rows | {row: v for row, v in parameters.items() if sizes or row[0] != "param_energy"}
+    return rows | expected_parameters(net, grad_scale)
 
 
 def expected_samples(
@@ -165,6 +163,10 @@ def expected_samples(
     for b, inside in _bins(t, bins, levels).items():
         rows["samples", "loss", 0, b] = float(inside.sum())
     return rows
+
+
+DETAILED = {"sensitivity_every": 0, "config": ProbeConfig(details_every=1)}
+"""Settings of a probe that records all of `expected_step` whenever it records a step."""
 
 
 def expected_parameters(net: nn.Module, grad_scale: float = 1.0) -> dict[Row, float]:

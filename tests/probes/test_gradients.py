@@ -6,6 +6,7 @@ from torch import nn
 
 from stability_probe import TheoryUNet
 from stability_probe.probes.gradients import ParameterProbe
+from stability_probe.probes.records import as_frame
 from stability_probe.skips import Block, parameter_blocks
 from tests.oracles.recording import assert_rows, block_of, expected_parameters, output_of
 
@@ -16,7 +17,7 @@ def blocks_of(net, case):
 
 def frame_of(layout, values):
     """The numbers of one step as a frame."""
-    return layout.frame([1], values[None].double().numpy())
+    return as_frame([layout.part([1], values[None].double().numpy())])
 
 
 def backward(net, case, scale=1.0, seed=0):

@@ -38,7 +38,7 @@ from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.ranks import RecordWarning
 from stability_probe.probes.sensitivity import SensitivityProbe
 from stability_probe.skips import ArgumentTap, OperandTap, OutputTap, parse_scaling
-from tests.oracles.recording import assert_rows, expected_step, output_of
+from tests.oracles.recording import DETAILED, assert_rows, expected_step, output_of
 
 QUICK = SensitivityConfig(epsilons=(1e-2,), directions=1, max_products=2)
 ALL_METRICS = {
@@ -896,7 +896,7 @@ class TestEasilyWrong:
             (10, (10, 20, 21), [1, 11, 22, 30]),
         ],
     )
-    def test_sizes_of_parameters_are_read_once_in_ten_steps(self, every, idle, expected):
+    def test_details_are_recorded_once_in_ten_steps(self, every, idle, expected):
         """Those of them that are recorded, whichever they are; going on elsewhere changes none."""
         net, x = TheoryUNet(8, 2), torch.ones(4, 8)
         skips, frames, state = find_skips(net, x), [], None
@@ -914,16 +914,16 @@ class TestEasilyWrong:
                 state = probe.state_dict()
             frames.append(probe.frame())
         frame = pd.concat(frames)
-        assert frame[frame.metric == "param_energy"].step.unique().tolist() == expected
+        for metric in ("param_energy", "feature_grad_energy"):
+            assert frame[frame.metric == metric].step.unique().tolist() == expected
         recorded = frame[frame.metric == "grad_energy"].step.unique().tolist()
         assert set(expected) <= set(recorded)
 
-    def test_a_parameter_that_is_unfrozen_or_replaced_is_recorded_from_then_on(self, monkeypatch):
-        monkeypatch.setattr(probe_module, "SIZES_EVERY", 1)
+    def test_a_parameter_that_is_unfrozen_or_replaced_is_recorded_from_then_on(self):
         net, x = TheoryUNet(8, 2), torch.ones(4, 8)
         first, last = net.encoder[0].layer1, net.encoder[1].layer1
         first.weight.requires_grad_(False)
-        with StabilityProbe(net, find_skips(net, x), every=1, sensitivity_every=0) as probe:
+        with StabilityProbe(net, find_skips(net, x), every=1, **DETAILED) as probe:
             for step in range(3):
                 if step == 1:
                     first.weight.requires_grad_(True)

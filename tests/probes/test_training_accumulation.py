@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from stability_probe import StabilityProbe
 from stability_probe.probes import per_sample_mse
 from tests.oracles.loops import recorded, step_that_goes_back_further
-from tests.oracles.recording import assert_rows, expected_step, output_of
+from tests.oracles.recording import DETAILED, assert_rows, expected_step, output_of
 
 SIZES = (5, 2, 4)
 """Samples of the micro-batches of a step."""
@@ -33,7 +33,7 @@ def test_a_record_is_of_the_micro_batches_of_its_own_step(case):
     """Every third step, and none of what passed in between."""
     net, expected = case.net(F64).eval(), {}
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-    with StabilityProbe(net, case.skips(net), every=3, sensitivity_every=0) as probe:
+    with StabilityProbe(net, case.skips(net), every=3, **DETAILED) as probe:
         for step in range(1, 8):
             twin, losses = copy.deepcopy(net), []
             for x, t, target in batches_of(case, step):
@@ -42,7 +42,7 @@ def test_a_record_is_of_the_micro_batches_of_its_own_step(case):
             probe.step(loss=torch.cat(losses))
             optimizer.step()
             optimizer.zero_grad()
-            expected[step] = expected_step(twin, batches_of(case, step), sizes=step == 1)
+            expected[step] = expected_step(twin, batches_of(case, step))
     frame = probe.frame()
     assert frame.step.unique().tolist() == [1, 3, 6]
     for step in (1, 3, 6):
@@ -53,10 +53,10 @@ def test_the_gradient_of_an_earlier_steps_pass_is_not_taken_for_one_of_this_step
     """A graph that is kept is gone back through after its step has been recorded."""
     case = cases["add"]
     net, (early, late, _) = case.net(F64), batches_of(case)
-    with StabilityProbe(net, case.skips(net), every=1, sensitivity_every=0) as probe:
+    with StabilityProbe(net, case.skips(net), every=1, **DETAILED) as probe:
         step_that_goes_back_further(net, probe, early, late)
     net.zero_grad()
-    assert_rows(probe.frame().query("step == 2"), expected_step(net, [late], sizes=False))
+    assert_rows(probe.frame().query("step == 2"), expected_step(net, [late]))
 
 
 def test_through_accelerate(case):
@@ -65,7 +65,7 @@ def test_through_accelerate(case):
     net, expected, losses, twin = case.net(F64).eval(), [], [], None
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     model, prepared = accelerator.prepare(net, optimizer)
-    with StabilityProbe(model, case.skips(net), every=1, sensitivity_every=0) as probe:
+    with StabilityProbe(model, case.skips(net), every=1, **DETAILED) as probe:
         for step in (1, 2):
             twin = copy.deepcopy(net)
             for x, t, target in batches_of(case, step):
@@ -77,7 +77,7 @@ def test_through_accelerate(case):
                         losses = []
                     prepared.step()
                     prepared.zero_grad()
-            expected.append(expected_step(twin, batches_of(case, step), sizes=step == 1))
+            expected.append(expected_step(twin, batches_of(case, step)))
     frame = probe.frame()
     assert frame.step.unique().tolist() == [1, 2]
     for step, rows in enumerate(expected, start=1):

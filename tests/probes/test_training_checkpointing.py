@@ -18,7 +18,7 @@ from stability_probe.probes import per_sample_mse
 from stability_probe.probes.sensitivity import SensitivityProbe
 from stability_probe.skips import parse_scaling
 from tests.oracles.loops import checkpointing, recorded, same_bits, step_that_goes_back_further
-from tests.oracles.recording import assert_rows, expected_step, output_of
+from tests.oracles.recording import DETAILED, assert_rows, expected_step, output_of
 
 F64 = torch.float64
 BLOCKS = {
@@ -172,9 +172,9 @@ def test_a_repetition_of_an_earlier_steps_pass_is_not_taken_for_one_of_this_step
     skips, twin = case.skips(net), copy.deepcopy(net)
     for path in BLOCKS["add"]:
         checkpointing(net.get_submodule(path), True)
-    with StabilityProbe(net, skips, every=1, sensitivity_every=0) as probe:
+    with StabilityProbe(net, skips, every=1, **DETAILED) as probe:
         step_that_goes_back_further(net, probe, early, late)
-    assert_rows(probe.frame().query("step == 2"), expected_step(twin, [late], sizes=False))
+    assert_rows(probe.frame().query("step == 2"), expected_step(twin, [late]))
 
 
 # ── the whole model ──────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ from stability_probe import StabilityProbe, scale_skips
 from stability_probe.probes import ProbeConfig, features, gradients, per_sample_mse, probe
 from stability_probe.skips import parse_scaling
 from tests.oracles.loops import recorded
-from tests.oracles.recording import assert_rows, expected_step, output_of
+from tests.oracles.recording import DETAILED, assert_rows, expected_step, output_of
 
 F64 = torch.float64
 COPIES = {"clone", "copy", "copy_", "_to_copy", "_foreach_copy_", "repeat", "contiguous"}
@@ -83,7 +83,7 @@ def test_hooks_and_step_launch_no_copy_of_an_activation(case, layout):
         net, batch = channels_last(net, batch)
     skips = case.skips(net)
     bare = launched(net, batch, context=context)
-    with StabilityProbe(net, skips, every=1, sensitivity_every=0) as probe:
+    with StabilityProbe(net, skips, every=1, **DETAILED) as probe:
         step_of(net, batch, probe, context)  # the first step finds out about the model
         probed = launched(net, batch, probe, context)
         rows = {("copy_", ring.room.shape[1]) for ring in probe._buffer._rings.values()}

@@ -11,7 +11,7 @@ import torch
 from stability_probe import StabilityProbe, verify
 from stability_probe.probes import ProbeBatch, per_sample_mse
 from tests.oracles.loops import recorded, same_bits, trained
-from tests.oracles.recording import assert_rows, expected_step, output_of
+from tests.oracles.recording import DETAILED, assert_rows, expected_step, output_of
 
 MEASURED = "energy kappa feature_grad_energy loss samples grad_energy param_energy"
 BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -111,7 +111,7 @@ def scaled_training(case, way, *, as_tensor=False, where="everywhere"):
     net, expected, skipped = case.net().eval(), {}, []
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=100)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    with StabilityProbe(net, case.skips(net), every=1, sensitivity_every=0) as probe:
+    with StabilityProbe(net, case.skips(net), every=1, **DETAILED) as probe:
         for step in range(1, STEPS + 1):
             batch = case.data(4, seed=step)
             twin, before = copy.deepcopy(net), [p.detach().clone() for p in net.parameters()]
@@ -133,8 +133,7 @@ def scaled_training(case, way, *, as_tensor=False, where="everywhere"):
             if same_bits(before, [p.detach() for p in net.parameters()]):
                 skipped.append(step)
                 assert scaler.get_scale() == scale / 2
-            known = {"grad_scale": scale, "within": FP16, "sizes": step == 1}
-            expected[step] = expected_step(twin, [batch], **known)
+            expected[step] = expected_step(twin, [batch], grad_scale=scale, within=FP16)
     return probe.frame(), expected, skipped
 
 

@@ -15,7 +15,7 @@ from stability_probe.skips import ArgumentTap, FreeU, OutputTap, SliceTap, parse
 from stability_probe.skips.taps import Observer
 from tests.oracles.architectures import ZOO
 from tests.oracles.loops import same_bits
-from tests.oracles.recording import assert_rows, expected_step, output_of
+from tests.oracles.recording import DETAILED, assert_rows, expected_step, output_of
 
 QUICK = ProbeConfig(sensitivity=SensitivityConfig(epsilons=(1e-2,), directions=1, max_products=2))
 F64 = torch.float64
@@ -246,7 +246,7 @@ def test_schemes_may_follow_one_another(case):
     skips, batch = case.skips(net), case.data(4, dtype=F64)
     schemes = ["unscaled", "cs:0.5", "uniform:0", "ls", "cs:0.7"]
     with ExitStack() as stack:
-        probes = [stack.enter_context(made(net, skips, PROBES[1] | {"every": 1}))]
+        probes = [stack.enter_context(made(net, skips, PROBES[1] | {"every": 1} | DETAILED))]
         expected = []
         for scheme in schemes:
             with scale_skips(net, skips, parse_scaling(scheme)):
