@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from stability_probe import Run, UViT, UViTConfig
 from stability_probe.cli import main
 from tests.checkpoints.saved_files import FACTORY, conv_unet, diffusers_unet, save_export
+from tests.oracles.seeds import seeded
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -89,6 +90,18 @@ def test_probe_any_checkpoint(
     made = sorted(path.name for path in Path("runs").iterdir())
     assert made == ["exported", "net", "unet", "uvit"]
     assert all(len(list(Path("runs", name, "figures").iterdir())) == 5 for name in made)
+
+
+def test_guard_it_in_ci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seeded(tmp_path / "runs")
+    lines = block("bash", "Guard it in CI").splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code, line
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:

@@ -1,5 +1,5 @@
 """The command line."""
 
-from stability_probe.cli.app import main
+from stability_probe.cli.main import main
 
 __all__ = ["main"]

@@ -1,25 +1,16 @@
-"""The command line: parse, call, print. Everything else is in the package's other folders.
+"""The commands: parse, call, print. Everything else is in the package's other folders.
 
-Exit codes: 0 done, 1 a training run or a check failed, 2 bad input (one line says which).
 Heavy imports are inside the commands, so that `--help` is quick.
 """
 
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stability_probe.cli import options
-from stability_probe.errors import StabilityProbeError, TrainingDiverged
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
-
-# Newer versions of typer carry a copy of click and older ones import it: take the one in use.
-UsageProblem: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+from stability_probe.errors import StabilityProbeError
 
 app = typer.Typer(
     help="See, prove and fix the training stability of networks with long skip connections.",
@@ -83,6 +74,10 @@ def train(
     sensitivity_every: Annotated[
         int | None, _setting("100", "Steps between sensitivity measurements; 0 for none.")
     ] = None,
+    paths: Annotated[
+        bool | None,
+        typer.Option("--paths", help="Measure the path through every skip with the sensitivity."),
+    ] = None,
     save_every: Annotated[
         int | None,
         _setting("50", "Steps between savings of what --resume goes on from; 0 for none."),
@@ -105,7 +100,7 @@ def train(
         "scheme": scheme, "steps": steps, "seed": seed, "data": data, "model": model,
         "n_skips": n_skips, "width": width, "batch_size": batch_size,
         "learning_rate": learning_rate, "every": every, "sensitivity_every": sensitivity_every,
-        "save_every": save_every,
+        "save_every": save_every, "paths": paths,
     }  # fmt: skip
     given = {name: value for name, value in settings.items() if value is not None}
     run_train(TrainOptions(out, given, resume, weights))
@@ -162,6 +157,76 @@ def plot(
         raise StabilityProbeError("plot: several folders were given; say where to draw with --out")
     for file in save_figures(open_runs(runs), out or runs[0] / "figures"):
         print(file)
+
+
+@app.command()
+def baseline(
+    runs: Runs,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Keep what runs are like over their seeds, for later checks."""
+    from stability_probe.cli.check import ENOUGH_SEEDS, run_baseline
+    from stability_probe.cli.console import note
+
+    written = run_baseline(runs, out)
+    if as_json:
+        print(out.read_text(), end="")
+        return
+    for group in written.groups:
+        print(f"{group.name}: {len(group.seeds)} seeds, {len(group.tested)} numbers")
+        if len(group.seeds) < ENOUGH_SEEDS:
+            note(f"{group.name}: with {ENOUGH_SEEDS} seeds, smaller changes would be seen")
+    print(f"baseline: {out}")
+
+
+@app.command()
+def check(
+    runs: Runs,
+    baseline: Annotated[
+        Path | None, typer.Option(help="File of the baseline to compare with.")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME<VALUE",
+            help='A threshold, such as "sensitivity.exact<20" or "theorem_3_1=HOLDS". May be '
+            "repeated.",
+        ),
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Relative rise that is no regression.")] = 0.1,
+    alpha: Annotated[float, typer.Option(help="Rate of false alarms over all numbers.")] = 0.05,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Compare though the configurations differ.")
+    ] = False,
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Print the difference, and put the runs in the baseline."),
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="File for JUnit's XML.")] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="File for Markdown; $GITHUB_STEP_SUMMARY is added to where it is set."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Print every number.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs with a baseline, as samples over seeds; exit with 1 if any got worse."""
+    from stability_probe.cli.check import CheckOptions, print_check, run_check
+    from stability_probe.runs.run import finite
+
+    asked = CheckOptions(
+        runs, baseline, require or [], margin, alpha, anyway, update, junit, markdown
+    )
+    found = run_check(asked)
+    if as_json:
+        print(json.dumps(finite(found.as_dict()), indent=2, ensure_ascii=False))
+    else:
+        print_check(found, every)
+        if update:
+            print(f"baseline: {baseline}")
+    if not (all(r.met for r in found.requirements) if update else found.passed):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -305,44 +370,3 @@ def suggest(
         print_suggestion(result)
     if not result.found.best.met:
         raise typer.Exit(1)
-
-
-def error(message: str) -> None:
-    """Print one line on stderr."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-
-
-def _warn(message: Warning | str, *about: Any, **more: Any) -> None:
-    """Print a warning as one line on stderr."""
-    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def main() -> None:
-    """Run the command line; every error that a user can cause becomes one line and exit code 2."""
-    with warnings.catch_warnings():
-        warnings.showwarning = _warn
-        for category in (DeprecationWarning, FutureWarning):  # the libraries' own affairs
-            warnings.simplefilter("ignore", category)
-        code = _run()
-    sys.exit(code)
-
-
-def _run() -> Any:
-    """Run the command line; the exit code."""
-    try:
-        code = app(standalone_mode=False)
-        if code == INTERRUPTED:  # typer has caught the interrupt itself
-            raise KeyboardInterrupt
-    except UsageProblem as problem:
-        error(f"{problem.format_message()} See `stability-probe --help`.")
-        return 2
-    except StabilityProbeError as problem:
-        error(str(problem))
-        return 2
-    except TrainingDiverged as problem:
-        error(f"{problem}; what was recorded until then is kept")
-        return 1
-    except (typer.Abort, KeyboardInterrupt):
-        error("interrupted; what was recorded is kept")
-        return INTERRUPTED
-    return code

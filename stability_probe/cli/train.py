@@ -15,7 +15,7 @@ from stability_probe.runs.processes import from_main, is_main, join, leave
 from stability_probe.runs.recording import recorded_settings
 from stability_probe.runs.resuming import refuse_contradiction
 
-PROBING = ("every", "sensitivity_every", "save_every")
+PROBING = ("every", "sensitivity_every", "save_every", "paths")
 """Options that are settings of the probe; the others are of the training."""
 
 

@@ -24,7 +24,7 @@ from stability_probe.probes.refusals import measurable, refuse_unfit
 from stability_probe.probes.sensitivity import SensitivityProbe
 from stability_probe.probes.store import Store
 from stability_probe.probes.summaries import per_sample
-from stability_probe.probes.waiting import GRAD_SCALE, LOSS, waiting
+from stability_probe.probes.waiting import GRAD_SCALE, LOSS, beside, waiting
 from stability_probe.skips import Block, SkipConnection, parameter_blocks
 from stability_probe.skips.compiled import eagerly, unwrapped
 from stability_probe.skips.taps import bound_arguments
@@ -136,8 +136,14 @@ class StabilityProbe:
             self.run.resume(self.steps)
             return
         settings = {"every": self.every, "sensitivity_every": self.sensitivity_every}
-        skips = [s.as_dict() for s in self.skips]
-        self.run.begin({"skips": skips, "probe_settings": settings | asdict(self.config)})
+        first = next(self.model.parameters(), torch.empty(0))
+        self.run.begin(
+            {
+                "skips": [s.as_dict() for s in self.skips],
+                "probe_settings": settings | asdict(self.config),
+                "device": first.device.type,
+            }
+        )
 
     def __exit__(
         self,
@@ -356,11 +362,11 @@ class StabilityProbe:
         taken = seen.taken()
         like = next(iter(taken.values()), torch.empty(0))
         if loss is not None:
-            taken[LOSS] = _beside(like, loss)
+            taken[LOSS] = beside(like, loss)
         if taken:
             # The loss of a distributed training is the mean over the processes' losses.
             loss_scale = (1.0 if grad_scale is None else grad_scale) * self._ranks.world
-            taken[GRAD_SCALE] = _beside(like, loss_scale)
+            taken[GRAD_SCALE] = beside(like, loss_scale)
             bins = self.config.noise_bins, self.config.noise_levels
             self._buffer.add(self.steps, *waiting(taken, *bins))
         if self._parameters is not None:
@@ -387,14 +393,6 @@ class StabilityProbe:
             measurable(),
         ):
             self._buffer.add(self.steps, *per_sample(probe.measure()))
-
-
-def _beside(other: Tensor, numbers: Tensor | float) -> Tensor:
-    """Numbers on the device of others, without waiting for it; a single one has no dimension."""
-    if isinstance(numbers, Tensor):
-        numbers = numbers.detach().to(other.device, non_blocking=True)
-        return numbers.reshape(-1) if numbers.ndim else numbers
-    return other.new_full((), numbers)
 
 
 def _inert() -> StabilityProbe:

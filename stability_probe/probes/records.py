@@ -32,6 +32,9 @@
 The gradient at `u` is of all uses of u_i; where the skip can only be seen as a part of the merged
 tensor, it is of that part.
 
+`param_energy` and `feature_grad_energy` are details: they are recorded in one of ten steps
+(`ProbeConfig.details_every`).
+
 h_0 is the output of the last decoder block, as h_i is of the others; `output` is what the network
 returns, after the layers that read h_0 out. `level` is 0 where a quantity belongs to the whole
 network. Means, minima and maxima are over the samples of a step; `s0`, `s1`, ... are the single

@@ -60,6 +60,14 @@ class Waiting:
         return Part(layout, steps, numbers.numpy())
 
 
+def beside(other: Tensor, numbers: Tensor | float) -> Tensor:
+    """Numbers on the device of others, without waiting for it; a single one has no dimension."""
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach().to(other.device, non_blocking=True)
+        return numbers.reshape(-1) if numbers.ndim else numbers
+    return other.new_full((), numbers)
+
+
 def waiting(taken: Mapping[Key, Tensor], bins: int, noise_levels: float) -> tuple[Waiting, Tensor]:
     """What the samples of a step have given, and what that is.
 

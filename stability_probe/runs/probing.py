@@ -111,6 +111,7 @@ def record_checkpoint(
                 "unmet": scheme.unmet,
                 "skips": [s.as_dict() for s in skips],
                 "noise_levels": None if None in levels else levels,
+                "device": points[0].batch.x.device.type,
                 "dtype": str(points[0].batch.x.dtype).removeprefix("torch."),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 **(info or {}),

@@ -64,6 +64,7 @@ class RecordConfig:
         sensitivity_every: steps between the scheduled measurements; 0 for none.
         probe_samples: samples whose energies and gradients are measured then.
         sensitive_samples: how many of them Jacobian norms are taken on.
+        paths: whether the norms of paths through the skips are measured with them.
         probe: further settings of the probe; its range of noise levels is that of the training.
         save_every: steps between two savings of the training state, from which a run that was
             stopped goes on; 0 for none.
@@ -78,6 +79,7 @@ class RecordConfig:
     sensitive_samples: int = 8
     probe: ProbeConfig | None = None
     save_every: int = 50
+    paths: bool = False
 
     def __post_init__(self) -> None:
         if self.save_every < 0:
@@ -207,7 +209,10 @@ def _set_up(
         "input": _input_moments(config, images),
     }
     training = train(model, images, config)
-    noise_levels = float(config.noise_levels)
+    probe_config = probing.probe or ProbeConfig()
+    if probing.paths:
+        sensitivity = replace(probe_config.sensitivity, paths=True)
+        probe_config = replace(probe_config, sensitivity=sensitivity)
     probe = StabilityProbe(
         model,
         skips,
@@ -215,7 +220,7 @@ def _set_up(
         sensitivity_every=probing.sensitivity_every,
         run=run,
         batch=batch,
-        config=replace(probing.probe or ProbeConfig(), noise_levels=noise_levels),
+        config=replace(probe_config, noise_levels=float(config.noise_levels)),
     )
     return model, training, probe
 

@@ -7,7 +7,7 @@ import torch
 from stability_probe.probes import Key
 from stability_probe.probes.quantities import GRADIENT_NORM, NOISE_LEVEL, NORM, quantities
 from stability_probe.probes.summaries import summarise
-from stability_probe.probes.waiting import GRAD_SCALE, LOSS, waiting
+from stability_probe.probes.waiting import GRAD_SCALE, LOSS, beside, waiting
 
 EDGES = torch.tensor([250.0, 500.0, 750.0], dtype=torch.float64)
 
@@ -89,3 +89,18 @@ def test_single_numbers_and_one_sample_are_told_apart():
     kinds = [waiting(x | {LOSS: torch.ones(shape)} | scale, 4, 1e3) for shape in ((), (1,))]
     found = [rows(kind.part([1], v.double().numpy()[None])) for kind, v in kinds]
     assert [(1, "loss", "loss", 0, "t0") in rows for rows in found] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        (0.1, 0.1),
+        (torch.tensor(2.0), 2.0),
+        (torch.ones(2, 1, requires_grad=True), [1.0, 1.0]),
+        (torch.tensor([3]), [3]),
+    ],
+)
+def test_numbers_beside_others(numbers, expected):
+    found = beside(torch.ones(3, dtype=torch.float64), numbers)
+    assert (found.tolist(), found.requires_grad) == (expected, False)
+    assert found.ndim == (1 if isinstance(expected, list) else 0)

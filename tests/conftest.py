@@ -1,3 +1,5 @@
+"""The command line in this process."""
+
 import io
 import sys
 from collections.abc import Callable
@@ -7,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from stability_probe.cli import main
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ def cli() -> Callable[..., Result]:
     """Run the command line in this process."""
 
     def call(*args: object) -> Result:
+        from stability_probe.cli import main  # not before its shapes are checked
+
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.setattr(sys, "argv", ["stability-probe", *map(str, args)])

@@ -1,0 +1,12 @@
+from .baseline import Baseline as Baseline
+from .baseline import collect as collect
+from .check import Check as Check
+from .check import check as check
+from .compare import Comparison as Comparison
+from .compare import Flip as Flip
+from .groups import Group as Group
+from .groups import group_runs as group_runs
+from .measures import Measures as Measures
+from .measures import measures_of as measures_of
+from .requirements import Requirement as Requirement
+from .requirements import parse_requirement as parse_requirement

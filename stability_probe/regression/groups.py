@@ -1,0 +1,210 @@
+"""Runs that differ by their seed alone, as one group, with their numbers side by side."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from stability_probe.errors import StabilityProbeError
+from stability_probe.regression.measures import measures_of
+from stability_probe.runs import Run, TrainConfig
+from stability_probe.verify import Evidence, verify
+
+SEED_OF_NONE = "none"
+"""Stands for the seed of a run that does not say one."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration over seeds.
+
+    Attributes:
+        name: of the scaling scheme, or of the configuration.
+        about: what the runs have in common, and others need to have to be compared with them.
+        context: what may differ, and is told if it does: versions, device, number of parameters.
+        command: what makes one of the runs again.
+        seeds: one a run.
+        tested: the numbers that are compared, by name, one a run.
+        hints: numbers that tell where a change comes from, likewise.
+        verdicts: statuses of the theorems' claims, likewise.
+    """
+
+    name: str
+    about: dict[str, Any]
+    context: dict[str, Any]
+    command: str
+    seeds: list[str]
+    tested: dict[str, list[float]]
+    hints: dict[str, list[float]] = field(default_factory=dict)
+    verdicts: dict[str, list[str]] = field(default_factory=dict)
+
+
+def group_runs(runs: Sequence[Run], *, failed: bool = True) -> list[Group]:
+    """Runs by their scheme, in the order of its name.
+
+    Args:
+        runs: at least one.
+        failed: whether a run that failed, by diverging say, is let in; its numbers are not finite.
+
+    Raises:
+        StabilityProbeError: if there is none, if one is not complete, was recorded without numbers
+            to compare, or if those of one scheme differ by more than their seed.
+    """
+    if not runs:
+        raise StabilityProbeError("at least one run is needed, got none")
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        _refuse_unfinished(run, failed)
+        by_name.setdefault(_name(run.info), []).append(run)
+    return [_group(name, by_name[name]) for name in sorted(by_name)]
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ, in words.
+
+    >>> differences({"config": {"width": 8}}, {"config": {"width": 4}})
+    ['config.width is 8 and 4']
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        names = sorted({*one, *other})
+        inside = (
+            differences(one.get(n), other.get(n), f"{path}.{n}" if path else n) for n in names
+        )
+        return [text for found in inside for text in found]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True), start=1)
+        return [text for i, pair in pairs for text in differences(*pair, f"{path} {i}")]
+    return [] if one == other else [f"{path} is {_short(one)} and {_short(other)}"]
+
+
+def side_by_side(
+    name: str, numbers: Sequence[Mapping[str, float]], must: bool = True
+) -> dict[str, list[float]]:
+    """Numbers that all of several runs have, by name, one a run; in the order of the first run.
+
+    Raises:
+        StabilityProbeError: if there are none and there have to be.
+
+    >>> side_by_side("cs", [{"loss": 1.0, "energy.h_0": 2.0}, {"loss": 3.0}])
+    {'loss': [1.0, 3.0]}
+    """
+    shared = [key for key in numbers[0] if all(key in of_run for of_run in numbers)]
+    if must and not shared:
+        raise StabilityProbeError(f"runs of {name}: have no records in common to compare")
+    return {key: [of_run[key] for of_run in numbers] for key in shared}
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "not there"
+    if isinstance(value, list | Mapping):
+        return f"{len(value)} entries"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _refuse_unfinished(run: Run, failed: bool) -> None:
+    state, reason = run.info.get("state"), run.info.get("reason")
+    diverged = str(reason).startswith("TrainingDiverged")
+    if state == "complete" or (failed and state == "failed" and diverged):
+        return
+    why = f" ({reason})" if reason else ""
+    raise StabilityProbeError(
+        f"{run.path}: is {state}{why}; only complete runs can be compared, so record it again"
+    )
+
+
+def _name(info: Mapping[str, Any]) -> str:
+    return str(info.get("scheme") or info.get("config", {}).get("scheme") or "runs")
+
+
+def _group(name: str, runs: Sequence[Run]) -> Group:
+    first, abouts = runs[0], [_about(run.info) for run in runs]
+    for run, about in zip(runs, abouts, strict=True):
+        found = differences(abouts[0], about)
+        if found:
+            raise StabilityProbeError(
+                f"runs of {name} have to differ by their seed alone: {found[0]} in "
+                f"{first.path.name} and {run.path.name}; give those of one configuration"
+            )
+    seeds = [_seed(run.info) for run in runs]
+    doubled = sorted({s for s in seeds if seeds.count(s) > 1 and s != SEED_OF_NONE})
+    if doubled:
+        raise StabilityProbeError(
+            f"runs of {name}: several have the seed {doubled[0]}, which are no independent runs; "
+            "give one of each seed"
+        )
+    order = sorted(range(len(runs)), key=lambda i: (len(seeds[i]), seeds[i]))
+    evidence = [Evidence.of(runs[i]) for i in order]
+    measures = [measures_of(e) for e in evidence]
+    return Group(
+        name=name,
+        about=abouts[0],
+        context=_context(first.info),
+        command=_command(first.info),
+        seeds=[seeds[i] for i in order],
+        tested=side_by_side(name, [m.tested for m in measures]),
+        hints=side_by_side(name, [m.hints for m in measures], must=False),
+        verdicts=_verdicts([runs[i] for i in order]),
+    )
+
+
+def _seed(info: Mapping[str, Any]) -> str:
+    return str(info.get("seed", info.get("config", {}).get("seed", SEED_OF_NONE)))
+
+
+def _about(info: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same: what was asked for, and the skips that were found."""
+    config = {k: v for k, v in info.get("config", {}).items() if k not in ("seed", "scheme")}
+    kappa = info.get("kappa")
+    probing = info.get("probing") or info.get("probe_settings") or {}
+    schedule = {k: probing[k] for k in ("every", "sensitivity_every", "paths") if k in probing}
+    skips = [f"{s['source']} -> {s['sink']} ({s['merge']})" for s in info.get("skips", [])]
+    return {
+        "kind": info.get("kind", "training"),
+        "config": config,
+        "kappa": kappa and [float(f"{k:.6g}") for k in kappa],
+        "noise_levels": info.get("noise_levels"),
+        "schedule": schedule,
+        "skips": skips,
+    }
+
+
+def _context(info: Mapping[str, Any]) -> dict[str, Any]:
+    versions = info.get("versions", {})
+    return {
+        **{
+            name: versions[name]
+            for name in ("python", "stability_probe", "torch")
+            if name in versions
+        },
+        **{name: info[name] for name in ("device", "parameters") if name in info},
+    }
+
+
+def _command(info: Mapping[str, Any]) -> str:
+    """What makes one of the runs again, as far as `run.json` tells."""
+    config = info.get("config", {})
+    if info.get("kind") == "training" and {f.name for f in fields(TrainConfig)} <= {*config}:
+        defaults = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
+        asked = {"scheme": config["scheme"]} | {
+            name: value
+            for name, value in config.items()
+            if name in TRAIN_OPTIONS and value != defaults.get(name)
+        }
+        options = [f"--{name.replace('_', '-')}" for name in asked]
+        words = [w for pair in zip(options, map(str, asked.values()), strict=True) for w in pair]
+        return shlex.join(["stability-probe", "train", *words, "--seed", "SEED", "--out", "RUN"])
+    return "the program that recorded the runs, with other seeds"
+
+
+TRAIN_OPTIONS = (
+    "scheme", "steps", "data", "model", "n_skips", "width", "batch_size", "learning_rate",
+)  # fmt: skip
+"""Settings of a training that `stability-probe train` takes as options."""
+
+
+def _verdicts(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The status of every claim about one run, run by run."""
+    found = [{f"{v.theorem}: {v.claim}": v.status for v in verify(run)} for run in runs]
+    shared = [claim for claim in found[0] if all(claim in of_run for of_run in found)]
+    return {claim: [str(of_run[claim]) for of_run in found] for claim in shared}
