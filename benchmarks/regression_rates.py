@@ -44,7 +44,9 @@ from stability_probe.verify import Evidence
 from stability_probe.verify.statistics import share_interval
 
 CONFIG = TrainConfig(scheme="cs:0.7", steps=24, n_skips=3, width=16, batch_size=16, warmup=5)
-SENSITIVITY = SensitivityConfig(epsilons=(0.01,), directions=1)
+SENSITIVITY = SensitivityConfig(epsilons=(0.01,), directions=1, max_products=6)
+JOBS = -1
+"""Processes; one a core."""
 SEEDS = (5, 2, 1)
 """Seeds of the state that is checked; the baseline has five."""
 
@@ -118,7 +120,7 @@ class Runs:
         """Measure the runs that are not known yet, a process a core."""
         missing = [seed for seed in seeds if (state.name, seed) not in self._known]
         work = (delayed(measured)(state, seed, self._images) for seed in missing)
-        found = Parallel(n_jobs=-1, return_as="generator")(work)
+        found = Parallel(n_jobs=JOBS, return_as="generator")(work)
         with self._file.open("a") as file:
             for seed, measures in zip(missing, found, strict=True):
                 self._known[state.name, seed] = measures.tested

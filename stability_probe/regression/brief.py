@@ -147,7 +147,8 @@ def _trained(
             if training.steps:
                 optimizer.step()
             optimizer.zero_grad()
-    return measures_of(Evidence(NAME, probe.frame()))
+    info = {"skips": [s.as_dict() for s in skips]}
+    return measures_of(Evidence(NAME, probe.frame(), info))
 
 
 def _about(

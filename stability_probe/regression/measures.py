@@ -3,7 +3,7 @@ r"""The numbers of one run that a baseline keeps: the larger, the less stable.
 | name | of | number |
 |---|---|---|
 | `loss` | the network | mean loss |
-| `gain.skip_i` | each skip | mean measured κ_i |
+| `gain.skip_i` | each skip | mean κ_i, measured times the κ in the code |
 | `energy.h_i` | each level | mean $\lVert h_i\rVert^2$ |
 | `oscillation.h_i` | each level | range over training of the batch-mean $\lVert h_i\rVert^2$ |
 | `gradient.a_i`, `.b_i`, `.mid`, `.other` | each block | mean $\lVert\nabla_W\rVert^2$ |
@@ -57,8 +57,8 @@ def measures_of(run: Evidence) -> Measures:
     """
     settled = _settled(run)
     tested = {**_loss(settled), **_energies(settled), **_gradients(settled)}
-    tested |= {f"gain.skip_{i}": v for i, v in _means(settled.series("kappa", "skip"))}
-    return Measures(tested | _sensitivity(run), _by_noise_level(settled))
+    tested |= {**_gains(settled), **_sensitivity(run)}
+    return Measures(tested, _by_noise_level(settled))
 
 
 def _settled(run: Evidence) -> Evidence:
@@ -79,6 +79,17 @@ def _means(table: pd.DataFrame) -> Iterator[tuple[int, float]]:
 def _loss(run: Evidence) -> dict[str, float]:
     means = dict(_means(run.series("loss", "loss")))
     return {"loss": means[0]} if means else {}
+
+
+def _gains(run: Evidence) -> dict[str, float]:
+    """Measured at the skip, times what the network's own code multiplies it by."""
+    own = dict(enumerate(run.own_kappa, start=1))
+    means = _means(run.series("kappa", "skip"))
+    return {f"gain.skip_{i}": v * _one_if_none(own.get(i)) for i, v in means}
+
+
+def _one_if_none(kappa: float | None) -> float:
+    return 1.0 if kappa is None else kappa
 
 
 def _energies(run: Evidence) -> dict[str, float]:

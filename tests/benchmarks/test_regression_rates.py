@@ -36,6 +36,7 @@ def test_no_seed_is_used_twice_and_each_run_is_made_once(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(regression_rates, "measured", invented)
+    monkeypatch.setattr(regression_rates, "JOBS", 1)
     file = tmp_path / "runs.jsonl"
     assert rates(Runs(file), STATES[0], 4) == {5: 0, 2: 0, 1: 0}
     assert sorted(seed for _, seed in made) == list(range(40))
@@ -52,6 +53,7 @@ def test_only_so_many_seeds_are_looked_at(seeds, expected):
 
 
 def test_it_prints_a_row_a_state(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(regression_rates, "JOBS", 1)
     monkeypatch.setattr(
         regression_rates, "measured", lambda state, seed, images: Measures({"loss": 1.0 + seed}, {})
     )

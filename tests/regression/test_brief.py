@@ -42,7 +42,8 @@ def test_numbers_are_those_of_the_same_training_by_hand():
 def test_a_seed_is_always_the_same_and_another_is_not():
     one, again = (brief_group(net, (X,), [0, 1], QUICK) for _ in range(2))
     assert one == again
-    assert all(len(set(values)) == 2 for values in one.tested.values())
+    by_chance = {name: v for name, v in one.tested.items() if not name.startswith("gain")}
+    assert all(len(set(values)) == 2 for values in by_chance.values())
 
 
 def test_the_global_generator_is_left_alone():

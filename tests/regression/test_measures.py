@@ -120,3 +120,10 @@ def test_records_without_a_run_and_no_records():
     assert measures_of(bare(complete())).tested["loss"] == measures_of(complete()).tested["loss"]
     empty = Evidence("none", pd.DataFrame({name: [] for name in complete().frame}))
     assert measures_of(empty).tested == measures_of(empty).hints == {}
+
+
+def test_a_gain_in_the_networks_own_code_counts():
+    run = training(traced("kappa", "skip", [[0.5, 0.5, 0.5]] * 6, first_level=1),
+                   skips=[{"kappa": 2.0}, {"kappa": None}, {}])  # fmt: skip
+    found = measures_of(run).tested
+    assert [found[f"gain.skip_{i}"] for i in (1, 2, 3)] == pytest.approx([1.0, 0.5, 0.5])

@@ -80,14 +80,14 @@ def test_from_no_baseline_to_a_regression(project, tmp_path):
     assert parallel.returncode == 0, parallel.stdout
     assert "3 passed" in parallel.stdout
 
-    worse = project(scale=3.0)
+    worse = project(scale=30.0)
     assert worse.returncode == 1
     assert "training has become less stable than in" in worse.stdout
     assert "| `loss` |" in worse.stdout and "Likely cause:" in worse.stdout
     assert {file: file.read_bytes() for file in folder.iterdir()} == kept
 
-    assert project("--stability-update", "-n", "2", scale=3.0).returncode == 0
-    assert project(scale=3.0).returncode == 0
+    assert project("--stability-update", "-n", "2", scale=30.0).returncode == 0
+    assert project(scale=30.0).returncode == 0
 
 
 def test_one_name_twice_is_refused(project):
