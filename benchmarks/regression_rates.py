@@ -114,7 +114,9 @@ class Runs:
         self._file = file
         self._images = load_images(CONFIG.data)
         lines = file.read_text().splitlines() if file.exists() else []
-        self._known = {(r["state"], r["seed"]): r["tested"] for r in map(json.loads, lines)}
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = [row for row in rows if row["of"] == repr((CONFIG, SENSITIVITY))]
+        self._known = {(row["state"], row["seed"]): row["tested"] for row in rows}
 
     def make(self, state: State, seeds: Iterable[int]) -> None:
         """Measure the runs that are not known yet, a process a core."""
@@ -124,7 +126,8 @@ class Runs:
         with self._file.open("a") as file:
             for seed, measures in zip(missing, found, strict=True):
                 self._known[state.name, seed] = measures.tested
-                row = {"state": state.name, "seed": seed, "tested": measures.tested}
+                of = repr((CONFIG, SENSITIVITY))
+                row = {"of": of, "state": state.name, "seed": seed, "tested": measures.tested}
                 print(json.dumps(row), file=file, flush=True)
 
     def take(self, state: State, seeds: Iterable[int]) -> dict[str, list[float]]:

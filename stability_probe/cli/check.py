@@ -10,7 +10,7 @@ from rich.text import Text
 
 from stability_probe.cli.console import note, number, out, plain_table
 from stability_probe.errors import StabilityProbeError
-from stability_probe.regression import Baseline, Check, check, collect, parse_requirement
+from stability_probe.regression import Baseline, Check, Group, check, collect, parse_requirement
 from stability_probe.regression.check import GroupCheck
 from stability_probe.regression.groups import group_runs
 from stability_probe.regression.reports import junit, markdown, mean, p_value
@@ -84,17 +84,26 @@ def run_check(options: CheckOptions) -> Check:
     groups = group_runs(open_runs(options.runs))
     compared = [] if file is None else groups
     if options.update:
-        compared = [group for group in groups if then.group(group.name)]
+        compared = [group for group in groups if _comparable(then.group(group.name), group)]
     found = check(
         compared, then, margin=options.margin, alpha=options.alpha,
         anyway=options.anyway or options.update, source=str(file),
     )  # fmt: skip
     found = replace(found, requirements=[hold(r, groups) for r in requirements])
     _write_reports(found, options)
-    if options.update and file is not None:
+    if options.update and file is not None and all(r.met for r in found.requirements):
         _refuse_run_file(file)
+        for group in groups:
+            before = then.group(group.name)
+            if before is not None and len(before.seeds) > len(group.seeds):
+                counts = f"{len(group.seeds)} in the place of {len(before.seeds)}"
+                note(f"{group.name}: the baseline now has fewer seeds, {counts}")
         then.with_groups(groups, _command("check", options.runs, file)).write(file)
     return found
+
+
+def _comparable(then: Group | None, now: Group) -> bool:
+    return then is not None and bool({*then.tested} & {*now.tested})
 
 
 def _command(name: str, runs: Sequence[Path], file: Path) -> str:
@@ -115,7 +124,7 @@ def _write_reports(found: Check, options: CheckOptions) -> None:
     summary = os.environ.get(SUMMARY)
     if summary:
         try:
-            with Path(summary).open("a") as file:
+            with Path(summary).open("a", encoding="utf-8") as file:
                 file.write(markdown(found) + "\n")
         except OSError as error:
             note(f"{summary}: the job's summary cannot be written ({error.strerror})")

@@ -269,7 +269,8 @@ class FeatureProbe:
             x, t = tensors[0], next(iter(tensors[1:]), None)
             self.norms.setdefault(("x", 0), []).append(_norm(x))
             if t is not None and t.numel() in (1, len(x)):
-                self.noise_level.append(t.detach().reshape(-1).expand(len(x)))
+                t = t.detach().to(x.device, non_blocking=True)
+                self.noise_level.append(t.reshape(-1).expand(len(x)))
         self.seconds += time.perf_counter() - started
 
     def _on_output(self, output: Any) -> None:

@@ -67,7 +67,7 @@ class Baseline:
                 since it was written.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise StabilityProbeError(
                 f"{path}: cannot be read ({error.strerror}); write one with "

@@ -24,7 +24,7 @@ def likely_cause(then: Group, now: Group, compared: Sequence[Comparison]) -> str
     ]
     if diverged:
         return f"training diverged with seed {', '.join(diverged)}: see its loss"
-    found = _gains(worse) or _levels(worse, len(then.about.get("skips", []))) or _rest(worse)
+    found = _gains(worse) or _levels(worse, _innermost(then)) or _rest(worse)
     where = _noise_level(then, now)
     return f"{found}; {where}" if where else found
 
@@ -54,6 +54,12 @@ def _levels(worse: Sequence[Comparison], n_skips: int) -> str:
     block = "the middle, or the encoder" if inner >= n_skips else f"decoder block b_{inner + 1}"
     through = f"from h_{inner} to h_{outer}" if inner > outer else f"at h_{inner}"
     return f"features are larger {through}, with the skips' gains as they were: look at {block}"
+
+
+def _innermost(group: Group) -> int:
+    """N, from the features that were recorded."""
+    names = [name for name in group.tested if name.startswith("energy.h_")]
+    return max((int(name.rpartition("_")[2]) for name in names), default=0)
 
 
 def _rest(worse: Sequence[Comparison]) -> str:

@@ -1,5 +1,6 @@
 """Runs held against a baseline: what got worse, where, and why perhaps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -85,7 +86,7 @@ def check(
         now: from `group_runs`.
         baseline: what they are compared with.
         margin: the relative rise that is no regression.
-        alpha: probability of a false alarm among all numbers of a group.
+        alpha: probability of a false alarm among all numbers of all groups.
         anyway: compare though the configurations differ.
         source: what to call the baseline in errors.
 
@@ -98,7 +99,8 @@ def check(
     if not 0 < alpha < 0.5:
         raise StabilityProbeError(f"--alpha is the rate of false alarms, in (0, 0.5); got {alpha}")
     pairs = _pairs(now, baseline, anyway, source)
-    return Check([_check_group(then, group, margin, alpha) for then, group in pairs])
+    share = alpha / max(len(pairs), 1)  # of each group, so that alpha is that of the whole check
+    return Check([_check_group(then, group, margin, share) for then, group in pairs])
 
 
 def _pairs(
@@ -140,11 +142,13 @@ def _check_group(then: Group, now: Group, margin: float, alpha: float) -> GroupC
         compared=compared,
         flips=changed,
         cause=cause,
-        notes=_notes(then, now, changed),
+        notes=_notes(then, now, compared, changed),
     )
 
 
-def _notes(then: Group, now: Group, changed: Sequence[Flip]) -> list[str]:
+def _notes(
+    then: Group, now: Group, compared: Sequence[Comparison], changed: Sequence[Flip]
+) -> list[str]:
     """What the reader has to know about a comparison."""
     changes = [*differences(then.about, now.about), *differences(then.context, now.context)]
     notes = [f"not as in the baseline: {change}, there and here" for change in changes]
@@ -162,6 +166,9 @@ def _notes(then: Group, now: Group, changed: Sequence[Flip]) -> list[str]:
             f"{one}: it is held against a tolerance band from the {other} spread, which only a "
             "large change leaves; with five each, it is a test"
         )
+    signed = [c.name for c in compared if math.isinf(c.visible) and c.change == "same"]
+    if signed:
+        notes.append(f"cannot be compared, as some are negative: {', '.join(signed)}")
     gone = [name for name in then.tested if name not in now.tested]
     new = [name for name in now.tested if name not in then.tested]
     for what, names in (("no longer recorded", gone), ("not in the baseline", new)):

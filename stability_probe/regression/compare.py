@@ -1,6 +1,6 @@
 r"""Two samples of runs, one of the baseline and one of now: what got worse, with an error rate.
 
-Every number is positive, so it is compared by its logarithm. With $b_1..b_n$ of the baseline and
+Numbers that are not negative are compared by their logarithms. With $b_1..b_n$ of the baseline and
 $c_1..c_m$ of now, one-sided against a practical margin $\mu$ (10 %):
 
 $$H_0:\ \mathrm E\log c \le \mathrm E\log b + \log(1 + \mu), \qquad
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 ALPHA, MARGIN = 0.05, 0.10
 """Probability of a false alarm among all numbers of a check, and the rise that is no regression."""
@@ -44,7 +44,8 @@ class Comparison:
         ratio: geometric mean now over geometric mean then; infinite if a run of now has no finite
             one, or then it was 0.
         p: probability of a rise like this without a regression, uncorrected.
-        visible: the least ratio that would have counted as worse, with this spread.
+        visible: the least ratio that would have counted as worse, with this spread; infinite where
+            nothing would have, as some of the numbers are negative.
         change: `worse`, `better`, or `same` as far as can be told.
     """
 
@@ -154,9 +155,12 @@ class _Test:
     @classmethod
     def of(cls, baseline: Sequence[float], now: Sequence[float], margin: float) -> "_Test":
         b, c = np.asarray(baseline, dtype=float), np.asarray(now, dtype=float)
-        if not np.isfinite(c).all() or not (b > 0).all() or not (c > 0).all():
+        if not np.isfinite(c).all() or not (b > 0).any() or not (c > 0).any():
             return cls._of_special(b, c)
-        b, c = np.log(b), np.log(c)
+        if min(b.min(), c.min()) < 0:
+            return cls(0.0, math.inf, 0, 1.0, 1.0)
+        least = min(b[b > 0].min(), c[c > 0].min())  # stands for 0, which has no logarithm
+        b, c = np.log(np.maximum(b, least)), np.log(np.maximum(c, least))
         n, m = len(b), len(c)
         freedom = n + m - 2
         squares = ((b - b.mean()) ** 2).sum() + ((c - c.mean()) ** 2).sum()
@@ -174,28 +178,35 @@ class _Test:
         if not np.isfinite(c).all():
             return cls(math.inf, 0.0, 0, 0.0, 1.0)
         was, remains = (b > 0).any(), (c > 0).any()
-        if was == remains:
-            return cls(0.0, 0.0, 0, 1.0, 1.0)
+        if was == remains or min(b.min(), c.min()) < 0:
+            nothing = not b.any() and not c.any()
+            return cls(0.0, 0.0 if nothing else math.inf, 0, 1.0, 1.0)
         return cls(-math.inf if was else math.inf, 0.0, 0, float(was), float(remains))
 
     @property
     def ratio(self) -> float:
-        return math.exp(self.difference)
+        return _exp(self.difference)
 
     def visible(self, margin: float, alpha: float) -> float:
-        return (1 + margin) * math.exp(self.error * _quantile(alpha, self.freedom))
+        return (1 + margin) * _exp(self.error * _quantile(alpha, self.freedom))
+
+
+def _exp(exponent: float) -> float:
+    """The exponential, infinite where it is too large for a number."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(exponent))
 
 
 def _upper_tail(distance: float, error: float, freedom: int) -> float:
     """Probability that chance alone reaches so far above 0."""
     if error == 0:
         return 0.0 if distance > 0 else 1.0
-    tail = stats.t(freedom).sf if freedom else stats.norm.sf
-    return float(tail(distance / error))
+    z = distance / error
+    return float(special.stdtr(freedom, -z) if freedom else special.ndtr(-z))
 
 
 def _quantile(alpha: float, freedom: int) -> float:
-    return float(stats.t.isf(alpha, freedom) if freedom else stats.norm.isf(alpha))
+    return float(-special.stdtrit(freedom, alpha) if freedom else -special.ndtri(alpha))
 
 
 def _holm(p: Sequence[float], alpha: float) -> list[bool]:

@@ -1,12 +1,13 @@
 """Runs that differ by their seed alone, as one group, with their numbers side by side."""
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.regression.measures import measures_of
+from stability_probe.regression.measures import Measures, measures_of
 from stability_probe.runs import Run, TrainConfig
 from stability_probe.verify import Evidence, verify
 
@@ -135,7 +136,7 @@ def _group(name: str, runs: Sequence[Run]) -> Group:
         )
     order = sorted(range(len(runs)), key=lambda i: (len(seeds[i]), seeds[i]))
     evidence = [Evidence.of(runs[i]) for i in order]
-    measures = [measures_of(e) for e in evidence]
+    measures = _measures(evidence)
     return Group(
         name=name,
         about=abouts[0],
@@ -148,6 +149,14 @@ def _group(name: str, runs: Sequence[Run]) -> Group:
     )
 
 
+def _measures(runs: Sequence[Evidence]) -> list[Measures]:
+    """The numbers of runs; of one that failed none is finite, whatever it recorded before."""
+    found = [measures_of(run) for run in runs]
+    whole = next((m for m, run in zip(found, runs, strict=True) if not run.failed), found[0])
+    lost = Measures(dict.fromkeys(whole.tested, math.inf), whole.hints)
+    return [lost if run.failed else m for m, run in zip(found, runs, strict=True)]
+
+
 def _seed(info: Mapping[str, Any]) -> str:
     return str(info.get("seed", info.get("config", {}).get("seed", SEED_OF_NONE)))
 
@@ -157,7 +166,7 @@ def _about(info: Mapping[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in info.get("config", {}).items() if k not in ("seed", "scheme")}
     kappa = info.get("kappa")
     probing = info.get("probing") or info.get("probe_settings") or {}
-    schedule = {k: probing[k] for k in ("every", "sensitivity_every", "paths") if k in probing}
+    schedule = {k: probing[k] for k in SCHEDULE if k in probing}
     skips = [f"{s['source']} -> {s['sink']} ({s['merge']})" for s in info.get("skips", [])]
     return {
         "kind": info.get("kind", "training"),
@@ -197,6 +206,11 @@ def _command(info: Mapping[str, Any]) -> str:
     return "the program that recorded the runs, with other seeds"
 
 
+SCHEDULE = (
+    "every", "sensitivity_every", "paths", "details_every", "noise_bins", "noise_levels",
+    "sensitivity", "probe_samples", "sensitive_samples", "probe",
+)  # fmt: skip
+"""Settings of a probe on which its numbers depend."""
 TRAIN_OPTIONS = (
     "scheme", "steps", "data", "model", "n_skips", "width", "batch_size", "learning_rate",
 )  # fmt: skip

@@ -89,7 +89,7 @@ def _gains(run: Evidence) -> dict[str, float]:
 
 
 def _one_if_none(kappa: float | None) -> float:
-    return 1.0 if kappa is None else kappa
+    return 1.0 if kappa is None else abs(kappa)
 
 
 def _energies(run: Evidence) -> dict[str, float]:
@@ -105,6 +105,8 @@ def _gradients(run: Evidence) -> dict[str, float]:
     """Of a training run those of the loss; of a checkpoint those of single samples."""
     found: dict[str, float] = {}
     rows = run.frame[run.frame.metric == "grad_energy"]
+    skipped = run.frame[(run.frame.metric == "skipped") & (run.frame.value == 1)].step
+    rows = rows[~rows.step.isin(skipped)]  # an overflow of a GradScaler, and no step
     if not rows.empty:
         kinds = rows.site.astype(str).str.partition("/")[0]
         named = rows.assign(

@@ -5,6 +5,7 @@ It is loaded by every pytest of the environment, so nothing heavy is imported be
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def stability_check(request: pytest.FixtureRequest) -> StabilityCheck:
     """Compare a network's training with the baseline beside the test; see `StabilityCheck`."""
     return StabilityCheck(
         Path(request.path),
-        request.node.name,
+        request.node.nodeid.partition("::")[2],
         update=bool(request.config.getoption("--stability-update")),
     )
 
@@ -109,5 +110,8 @@ class StabilityCheck:
 
     def file(self, name: str = "") -> Path:
         """The baseline's file."""
-        words = "-".join(filter(None, [self._test.stem, self._name, name]))
-        return self._test.parent / FOLDER / (re.sub(r"[^\w.=-]+", "_", words).strip("_") + ".json")
+        words = "-".join(filter(None, [self._test.stem, self._name.replace("::", "-"), name]))
+        plain = re.sub(r"[^\w.=-]+", "_", words.replace("[", "-").replace("]", ""))
+        if re.search(r"[^\w.=:\[\]-]", words):  # what differs only there would be one file
+            plain += "-" + hashlib.sha256(words.encode()).hexdigest()[:6]
+        return self._test.parent / FOLDER / f"{plain}.json"

@@ -101,8 +101,9 @@ def hold(requirement: Requirement, groups: Sequence[Group]) -> Outcome:
         for name, values in _named(requirement.name, group)
         for seed, value in zip(group.seeds, values, strict=True)
     ]
-    if not found:
-        raise _unknown(requirement, groups)
+    for group in groups:
+        if not _named(requirement.name, group):
+            raise _unknown(requirement, group)
     meets = OPERATORS[requirement.operator]
     broken = [(what, value) for what, value in found if not meets(value, requirement.value)]
     if broken or isinstance(requirement.value, str):
@@ -131,13 +132,13 @@ def _shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _unknown(requirement: Requirement, groups: Sequence[Group]) -> StabilityProbeError:
-    known = [*dict.fromkeys(name for group in groups for name in group.tested), *THEOREMS]
+def _unknown(requirement: Requirement, group: Group) -> StabilityProbeError:
+    known = [*group.tested, *THEOREMS]
     near = difflib.get_close_matches(requirement.name, known, n=3) or known[:3]
     return _error(
         requirement.text,
         requirement.text.index(requirement.name),
-        f"a name that these runs have, such as {', '.join(near)}",
+        f"a name that all runs of {group.name} have, such as {', '.join(near)}",
     )
 
 

@@ -11,6 +11,9 @@ from tests.oracles.seeds import seeded
 LOSS = {("loss", "loss", 0): 3.0}
 
 
+pytestmark = pytest.mark.usefixtures("quick_verdicts")
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("then")
@@ -125,6 +128,12 @@ class TestUpdate:
         assert cli("check", fine, "--baseline", new, "--update").code == 0
         assert cli("check", fine, "--baseline", new).code == 0
 
+    def test_fewer_seeds_in_the_place_of_many_are_noted(self, cli, file, tmp_path):
+        seeded(tmp_path / "one", [7])
+        result = cli("check", tmp_path / "one", "--baseline", file, "--update")
+        assert result.code == 0
+        assert "the baseline now has fewer seeds, 1 in the place of 5" in result.err
+
     def test_takes_another_configuration(self, cli, file, tmp_path):
         seeded(tmp_path / "w", config={"width": 16})
         assert cli("check", tmp_path / "w", "--baseline", file).code == 2
@@ -162,8 +171,10 @@ class TestRequire:
         assert line.startswith("--require 'loss<<1', character 6: a number is needed")
 
     def test_a_broken_one_is_broken_under_update_too(self, cli, fine, file):
+        before = file.read_bytes()
         options = ("--baseline", file, "--update", "--require", "loss<0")
         assert cli("check", fine, *options).code == 1
+        assert file.read_bytes() == before
 
 
 class TestRefused:

@@ -10,6 +10,8 @@ from stability_probe.regression import Baseline, collect
 from tests.oracles.evidence import complete, stored
 from tests.oracles.seeds import seeded
 
+pytestmark = pytest.mark.usefixtures("quick_verdicts")
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):

@@ -9,12 +9,11 @@ from stability_probe.regression.compare import compare
 from stability_probe.regression.groups import Group
 
 
-def group(hints=None, n_skips=3, **tested):
+def group(hints=None, **tested):
     """Numbers of three seeds with hardly any spread."""
-    about = {"skips": ["a -> b (add)"] * n_skips}
     jitter = (0.99, 1.0, 1.01)
     return Group(
-        "g", about, {}, "", ["0", "1", "2"],
+        "g", {}, {}, "", ["0", "1", "2"],
         {name.replace("__", "."): [value * j for j in jitter] for name, value in tested.items()},
         {name: [value] * 3 for name, value in (hints or {}).items()},
     )  # fmt: skip

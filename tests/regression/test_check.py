@@ -1,5 +1,7 @@
 """Runs held against a baseline."""
 
+from dataclasses import replace
+
 import pytest
 
 from stability_probe.errors import StabilityProbeError
@@ -8,6 +10,9 @@ from tests.oracles.evidence import complete, stored
 from tests.oracles.seeds import seeded
 
 TOGETHER = range(10, 15)
+
+
+pytestmark = pytest.mark.usefixtures("quick_verdicts")
 
 
 @pytest.fixture(scope="module")
@@ -71,22 +76,23 @@ def test_one_seed_is_said_to_be_held_against_a_band(tmp_path, baseline):
     assert note.startswith("one seed there and one here: nothing is known of the spread")
 
 
+def held(baseline, claim="3.4: a claim"):
+    """The baseline with a claim that held in all its runs."""
+    return Baseline([replace(baseline.groups[0], verdicts={claim: ["HOLDS"] * 5})])
+
+
 def test_a_verdict_that_flips_fails(tmp_path, baseline):
-    then = baseline.groups[0]
-    claim = next(c for c, s in then.verdicts.items() if set(s) == {"HOLDS"})
     (group,) = now(tmp_path)
-    group.verdicts[claim][:] = ["VIOLATED"] * 5
-    found = check([group], baseline)
+    group = replace(group, verdicts={"3.4: a claim": ["VIOLATED"] * 5})
+    found = check([group], held(baseline))
     assert not found.passed
-    assert [f.claim for f in found.groups[0].flips] == [claim]
+    assert [f.claim for f in found.groups[0].flips] == ["3.4: a claim"]
     assert found.groups[0].worse == []
 
 
 def test_a_flip_of_a_single_run_is_a_note(tmp_path, baseline):
     (group,) = now(tmp_path, [7])
-    claim = next(c for c, s in baseline.groups[0].verdicts.items() if set(s) == {"HOLDS"})
-    group.verdicts[claim][:] = ["VIOLATED"]
-    found = check([group], baseline)
+    found = check([replace(group, verdicts={"3.4: a claim": ["VIOLATED"]})], held(baseline))
     assert found.passed
     assert any("was HOLDS, is VIOLATED; with so few" in note for note in found.groups[0].notes)
 
@@ -98,6 +104,13 @@ def test_a_run_that_diverged_fails(tmp_path, baseline):
     found = check(group_runs([*runs, *broken]), baseline)
     assert not found.passed
     assert found.groups[0].cause == "training diverged with seed 20: see its loss"
+
+
+def test_signed_losses_are_said_not_to_be_compared(tmp_path, baseline):
+    (group,) = now(tmp_path)
+    group.tested["loss"][0] = -1.0
+    notes = check([group], baseline).groups[0].notes
+    assert notes == ["cannot be compared, as some are negative: loss"]
 
 
 class TestOtherConfigurations:

@@ -49,21 +49,26 @@ import torch
 from model import Net
 from stability_probe import Run, StabilityProbe, find_skips
 
-seed = int(sys.argv[1])
-torch.manual_seed(seed)
-net = Net()
-data = torch.randn(256, 12)
-optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-skips = find_skips(net, data[:1])
-run = Run(f"runs/{seed}", {"seed": seed, "steps": 30})
-with StabilityProbe(net, skips, every=1, sensitivity_every=0, run=run) as probe:
-    for step in range(30):
-        x = data[torch.randint(256, (64,))]
-        loss = (net(x + 0.1 * torch.randn_like(x)) - x).square().mean(1)
-        loss.mean().backward()
-        probe.step(loss=loss)
-        optimizer.step()
-        optimizer.zero_grad()
+
+def train(seed):
+    torch.manual_seed(seed)
+    net = Net()
+    data = torch.randn(256, 12)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    skips = find_skips(net, data[:1])
+    run = Run(f"runs/{seed}", {"seed": seed, "steps": 30})
+    with StabilityProbe(net, skips, every=1, sensitivity_every=0, run=run) as probe:
+        for step in range(30):
+            x = data[torch.randint(256, (64,))]
+            loss = (net(x + 0.1 * torch.randn_like(x)) - x).square().mean(1)
+            loss.mean().backward()
+            probe.step(loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+for seed in sys.argv[1:]:
+    train(int(seed))
 """
 COMMAND = str(Path(sys.executable).parent / "stability-probe")
 
@@ -90,9 +95,8 @@ class Repository:
 
     def train(self, seeds=range(5)) -> None:
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
-        for seed in seeds:
-            done = self.call(sys.executable, "train.py", str(seed))
-            assert done.returncode == 0, done.stderr
+        done = self.call(sys.executable, "train.py", *map(str, seeds))
+        assert done.returncode == 0, done.stderr
 
     def check(self) -> subprocess.CompletedProcess:
         return self.call(COMMAND, "check", "runs", "--baseline", "stability-baseline.json")
@@ -130,9 +134,8 @@ def test_a_harmful_change_fails_and_its_level_is_named(repository):
     checked = repository.check()
     assert checked.returncode == 1
     assert checked.stdout.splitlines()[-1] == "stability check: FAILED"
-    worse = [
-        line.split()[0] for line in checked.stdout.splitlines() if line.rstrip().endswith("worse")
-    ]
+    lines = checked.stdout.splitlines()
+    worse = [line.split()[0] for line in lines if line.rstrip().endswith("worse")]
     assert "gain.skip_3" in worse
     assert not {"gain.skip_1", "gain.skip_2", "energy.h_3"} & set(worse)
     (cause,) = [line for line in lines if line.startswith("likely cause")]

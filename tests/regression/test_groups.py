@@ -1,6 +1,7 @@
 """Runs that belong together, and what they have to agree in."""
 
 import json
+import math
 
 import pytest
 
@@ -86,7 +87,10 @@ class TestRefused:
 def test_a_run_that_diverged_is_let_in_unless_it_may_not(tmp_path):
     (run,) = seeded(tmp_path, [0])
     run.end("failed", "TrainingDiverged: the loss was not finite at step 3", {})
-    assert group_runs([run])[0].seeds == ["0"]
+    (group,) = group_runs([run, *seeded(tmp_path / "more", [1])])
+    assert group.seeds == ["0", "1"]
+    lost, kept = zip(*group.tested.values(), strict=True)
+    assert set(lost) == {math.inf} and all(map(math.isfinite, kept))  # whatever it had recorded
     with pytest.raises(StabilityProbeError, match=r"is failed .TrainingDiverged"):
         group_runs([run], failed=False)
 

@@ -1,5 +1,7 @@
 """The numbers of a run, each against its definition."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -127,3 +129,10 @@ def test_a_gain_in_the_networks_own_code_counts():
                    skips=[{"kappa": 2.0}, {"kappa": None}, {}])  # fmt: skip
     found = measures_of(run).tested
     assert [found[f"gain.skip_{i}"] for i in (1, 2, 3)] == pytest.approx([1.0, 0.5, 0.5])
+
+
+def test_steps_that_a_scaler_skipped_do_not_count():
+    rows = [(s, "grad_energy", "mid/w", 0, "value", math.inf if s == 3 else 2.0) for s in range(7)]
+    rows += [(s, "skipped", "optimizer", 0, "value", float(s == 3)) for s in range(7)]
+    frame = pd.DataFrame(rows, columns=["step", "metric", "site", "level", "stat", "value"])
+    assert measures_of(Evidence("run", frame)).tested == {"gradient.mid": 2.0}

@@ -1,11 +1,17 @@
 """The pytest plugin, as a project that uses it sees it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from stability_probe import TheoryUNet
+from stability_probe.errors import StabilityProbeError
+from stability_probe.regression.plugin import StabilityCheck
 
 ROOT = Path(__file__).parents[2]
 TEST = """
@@ -59,51 +65,60 @@ def project(tmp_path):
     return run
 
 
-def test_from_no_baseline_to_a_regression(project, tmp_path):
+def test_from_a_baseline_to_a_regression(project, tmp_path):
     folder = tmp_path / "tests" / "stability_baselines"
-    before = project()
-    assert before.returncode == 1
-    assert "no baseline at" in before.stdout and "--stability-update" in before.stdout
-    assert not folder.exists()
-
-    written = project("--stability-update")
+    written = project("--stability-update", "-n", "2")
     assert written.returncode == 0, written.stdout
+    assert "3 passed" in written.stdout
     assert sorted(file.name for file in folder.iterdir()) == [
-        "test_net-test_training_is_stable_2.json",
-        "test_net-test_training_is_stable_3.json",
+        "test_net-test_training_is_stable-2.json",
+        "test_net-test_training_is_stable-3.json",
         "test_net-test_two_of_them-first.json",
         "test_net-test_two_of_them-second.json",
     ]
     kept = {file: file.read_bytes() for file in folder.iterdir()}
 
-    parallel = project("-n", "2")
-    assert parallel.returncode == 0, parallel.stdout
-    assert "3 passed" in parallel.stdout
+    again = project("-k", "two_of_them")
+    assert again.returncode == 0, again.stdout
 
-    worse = project(scale=30.0)
+    worse = project("-k", "is_stable", scale=30.0)
     assert worse.returncode == 1
     assert "training has become less stable than in" in worse.stdout
     assert "| `loss` |" in worse.stdout and "Likely cause:" in worse.stdout
     assert {file: file.read_bytes() for file in folder.iterdir()} == kept
 
-    assert project("--stability-update", "-n", "2", scale=30.0).returncode == 0
-    assert project(scale=30.0).returncode == 0
+
+def net():
+    generator = torch.Generator().manual_seed(torch.randint(2**31, ()).item())
+    return TheoryUNet(8, 2, generator=generator)
 
 
-def test_one_name_twice_is_refused(project):
-    test = TEST.replace("name=name)", ")")
-    result = project("--stability-update", "-k", "two_of_them", test=test)
-    assert result.returncode == 1
-    assert "called twice with name=''; give each its own" in result.stdout
+QUICK = {"train_steps": 2, "seeds": 2, "sensitivity": False}
+X = torch.ones(4, 8)
 
 
-def test_a_broken_baseline_is_one_line(project, tmp_path):
-    assert project("--stability-update", "-k", "is_stable").returncode == 0
-    for file in (tmp_path / "tests" / "stability_baselines").iterdir():
-        file.write_text(file.read_text()[:50])
-    result = project("-k", "is_stable")
-    assert result.returncode == 1
-    assert "is no JSON" in result.stdout and "perhaps cut off" in result.stdout
+def test_without_a_baseline_it_fails_and_says_what_to_do(tmp_path):
+    check = StabilityCheck(tmp_path / "test_net.py", "test_a[b]")
+    file = tmp_path / "stability_baselines" / "test_net-test_a-b.json"
+    with pytest.raises(pytest.fail.Exception, match=f"no baseline at {file}; .*--stability-update"):
+        check(net, X, **QUICK)
+    assert not file.exists()
+
+
+def test_one_name_twice_is_refused(tmp_path):
+    check = StabilityCheck(tmp_path / "test_net.py", "test_a", update=True)
+    check(net, X, **QUICK)
+    with pytest.raises(pytest.fail.Exception, match="called twice with name=''; give each its own"):
+        check(net, X, **QUICK)
+    check(net, X, **QUICK, name="other")
+
+
+def test_a_broken_baseline_is_one_line(tmp_path):
+    StabilityCheck(tmp_path / "test_net.py", "test_a", update=True)(net, X, **QUICK)
+    check = StabilityCheck(tmp_path / "test_net.py", "test_a")
+    check.file().write_text(check.file().read_text()[:50])
+    with pytest.raises(StabilityProbeError, match=r"is no JSON .*perhaps cut off"):
+        check(net, X, **QUICK)
 
 
 def test_pytest_starts_without_torch():
@@ -118,3 +133,10 @@ def test_it_is_an_entry_point_of_pytest():
 
     (found,) = (e for e in entry_points(group="pytest11") if e.name == "stability_probe")
     assert found.value == "stability_probe.regression.plugin"
+
+
+def test_no_two_tests_share_a_file(tmp_path):
+    names = ("test_a", "A::test_a", "B::test_a", "test_a[x]", "test_a[a/b]", "test_a[a b]")
+    files = {StabilityCheck(tmp_path / "test_net.py", name).file() for name in names}
+    assert len(files) == len(names)
+    assert all(re.fullmatch(r"[\w.=-]+", file.name) for file in files)

@@ -78,12 +78,14 @@ def test_errors_point_at_the_character(text, place, expected):
     [("losss<3", "loss"), ("energy.h_9<3", "energy.h_"), ("theorem_4_1<3", "theorem_3_1")],
 )
 def test_a_name_that_nothing_has_is_refused_with_those_near_it(text, near):
-    with pytest.raises(StabilityProbeError, match=f"character 1: a name that these runs .*{near}"):
+    with pytest.raises(
+        StabilityProbeError, match=f"character 1: a name that all runs of cs .*{near}"
+    ):
         hold(parse_requirement(text), [GROUP])
 
 
 def test_a_theorem_that_nothing_was_said_about_is_refused():
-    with pytest.raises(StabilityProbeError, match="a name that these runs have"):
+    with pytest.raises(StabilityProbeError, match="a name that all runs of cs have"):
         hold(parse_requirement("theorem_3_1=HOLDS"), [GROUP])
 
 
@@ -107,3 +109,9 @@ def test_any_text_is_read_or_refused_in_one_line(text):
         parse_requirement(text)
     except StabilityProbeError as error:
         assert 1 <= int(str(error).partition(", character ")[2].split(":")[0]) <= len(text) + 1
+
+
+def test_a_group_without_the_number_is_not_passed_over():
+    bare = Group("bare", {}, {}, "", ["0"], {"energy.h_0": [1.0]})
+    with pytest.raises(StabilityProbeError, match="a name that all runs of bare have"):
+        hold(parse_requirement("loss<1"), [GROUP, bare])
