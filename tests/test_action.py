@@ -75,6 +75,7 @@ def test_the_command_records_first_and_what_fails_ends_the_job(checkout):
     assert failed.returncode == 1
 
 
+@pytest.mark.slow
 def test_the_package_is_installed_first(checkout):
     """With what pip has to do nothing for."""
     installed, _ = steps_run(checkout, runs="runs", install="pip --no-index")

@@ -8,6 +8,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "experiments" / "concentration" / "run.py"
 
 
+@pytest.mark.slow
 def test_the_experiment_writes_what_its_readme_promises(tmp_path, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
     main(["--out", str(tmp_path / "deep" / "out"), "--networks", "1000", "--resamples", "200"])

@@ -28,6 +28,7 @@ def test_training_is_as_stable_as_it_was(cli, tmp_path):
     assert result.code == 0, result.out
 
 
+@pytest.mark.slow
 def test_and_it_would_be_noticed_if_it_were_not(cli, tmp_path):
     folder = trained(cli, tmp_path, "--learning-rate", 0.01)
     result = cli("check", folder, "--baseline", BASELINE, "--anyway")

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from stability_probe.verify.concentration import concentration_verdict, depth_verdict
 from stability_probe.verify.decays import Decays, coverage_table, fit_decays
@@ -53,6 +54,7 @@ class TestVerdict:
         assert decay.interval[1] < 0.4
         assert "heavy-tailed or dependent weights" in decay.advice
 
+    @pytest.mark.slow
     def test_heavy_tailed_weights(self):
         rng = np.random.default_rng(0)
 
@@ -84,6 +86,7 @@ class TestVerdict:
         assert decay.status == "INCONCLUSIVE"
         assert "too few networks or widths" in decay.advice
 
+    @pytest.mark.slow
     def test_depths_that_are_close_together(self):
         depth = verdicts(networks((4, 5, 6), count=25))[1]
         assert depth.status == "INCONCLUSIVE"

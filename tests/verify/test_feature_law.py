@@ -71,10 +71,12 @@ class TestRealNetworks:
         assert (verdict.status, verdict.n, verdict.interval) == ("INCONCLUSIVE", 1, None)
         assert "too few networks" in verdict.advice
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scheme", ["unscaled", "cs:0.7"])
     def test_concatenating_merges(self, changed, scheme):
         assert feature_law_verdict(changed(merge="concat", m=128)[scheme]).status == "HOLDS"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scheme", ["unscaled", "cs:0.7"])
     def test_block_gain_2(self, changed, scheme):
         found = changed(unit_gain=False)[scheme]
@@ -82,6 +84,7 @@ class TestRealNetworks:
         assert feature_law_verdict(found).status == "HOLDS"
         assert feature_law_verdict(relabelled(found, block_gain=1.0)).status == "VIOLATED"
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scheme", ["unscaled", "cs:0.7"])
     def test_final_relus_break_a_premise(self, changed, scheme):
         assert feature_law_verdict(changed(final_relu=True)[scheme]).status == "VIOLATED"
