@@ -1,6 +1,5 @@
 """Runs held against a baseline: what got worse, where, and why perhaps."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -166,7 +165,7 @@ def _notes(
             f"{one}: it is held against a tolerance band from the {other} spread, which only a "
             "large change leaves; with five each, it is a test"
         )
-    signed = [c.name for c in compared if math.isinf(c.visible) and c.change == "same"]
+    signed = [c.name for c in compared if min(*c.baseline, *c.now) < 0]
     if signed:
         notes.append(f"cannot be compared, as some are negative: {', '.join(signed)}")
     gone = [name for name in then.tested if name not in now.tested]

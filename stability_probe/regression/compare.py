@@ -155,10 +155,15 @@ class _Test:
     @classmethod
     def of(cls, baseline: Sequence[float], now: Sequence[float], margin: float) -> "_Test":
         b, c = np.asarray(baseline, dtype=float), np.asarray(now, dtype=float)
-        if not np.isfinite(c).all() or not (b > 0).any() or not (c > 0).any():
-            return cls._of_special(b, c)
+        if not np.isfinite(c).all():
+            return cls(math.inf, 0.0, 0, 0.0, 1.0)  # it diverged
         if min(b.min(), c.min()) < 0:
             return cls(0.0, math.inf, 0, 1.0, 1.0)
+        was, remains = bool(b.any()), bool(c.any())
+        if not was and not remains:
+            return cls(0.0, 0.0, 0, 1.0, 1.0)
+        if not was or not remains:
+            return cls(-math.inf if was else math.inf, 0.0, 0, float(was), float(remains))
         least = min(b[b > 0].min(), c[c > 0].min())  # stands for 0, which has no logarithm
         b, c = np.log(np.maximum(b, least)), np.log(np.maximum(c, least))
         n, m = len(b), len(c)
@@ -171,17 +176,6 @@ class _Test:
         p_worse = _upper_tail(difference - shift, error, freedom)
         p_better = _upper_tail(-difference - shift, error, freedom)
         return cls(difference, error, freedom, p_worse, p_better)
-
-    @classmethod
-    def _of_special(cls, b: np.ndarray, c: np.ndarray) -> "_Test":
-        """Of numbers without a logarithm: a run that diverged is worse, 0 is the best there is."""
-        if not np.isfinite(c).all():
-            return cls(math.inf, 0.0, 0, 0.0, 1.0)
-        was, remains = (b > 0).any(), (c > 0).any()
-        if was == remains or min(b.min(), c.min()) < 0:
-            nothing = not b.any() and not c.any()
-            return cls(0.0, 0.0 if nothing else math.inf, 0, 1.0, 1.0)
-        return cls(-math.inf if was else math.inf, 0.0, 0, float(was), float(remains))
 
     @property
     def ratio(self) -> float:
