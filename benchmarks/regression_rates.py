@@ -131,9 +131,10 @@ class Runs:
                 print(json.dumps(row), file=file, flush=True)
 
     def take(self, state: State, seeds: Iterable[int]) -> dict[str, list[float]]:
-        """The numbers of runs that are known."""
+        """The numbers that all of some known runs have."""
         found = [self._known[state.name, seed] for seed in seeds]
-        return {name: [run[name] for run in found] for name in found[0]}
+        common = [name for name in found[0] if all(name in run for run in found)]
+        return {name: [run[name] for run in found] for name in common}
 
 
 def failed(baseline: dict[str, list[float]], now: dict[str, list[float]], seeds: int) -> bool:

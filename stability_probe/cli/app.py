@@ -59,7 +59,7 @@ def train(
     steps: Annotated[int | None, _setting("300", "Optimizer steps.")] = None,
     seed: Annotated[int | None, _setting("0", "Seed of weights, data and noise.")] = None,
     data: Annotated[
-        str | None, _setting("digits", "digits, faces, photos, mnist or uniform.")
+        str | None, _setting("digits", "digits, faces, photos, photos-32, mnist or uniform.")
     ] = None,
     model: Annotated[str | None, _setting("uvit", "uvit, unet2d or theory-unet.")] = None,
     n_skips: Annotated[int | None, _setting("6", "Number N of long skips.")] = None,
@@ -69,6 +69,12 @@ def train(
     ] = None,
     learning_rate: Annotated[
         float | None, _setting("0.001", "Of AdamW, after the warm-up.")
+    ] = None,
+    patch_size: Annotated[
+        int | None, _setting("2 up to 16 pixels a side, 4 above", "Side of a U-ViT's patch.")
+    ] = None,
+    precision: Annotated[
+        str | None, _setting("fp32", "Of the forward pass: fp32, or bf16 under autocast.")
     ] = None,
     every: Annotated[int | None, _setting("1", "Record each n-th step.")] = None,
     sensitivity_every: Annotated[
@@ -99,8 +105,9 @@ def train(
     settings = {
         "scheme": scheme, "steps": steps, "seed": seed, "data": data, "model": model,
         "n_skips": n_skips, "width": width, "batch_size": batch_size,
-        "learning_rate": learning_rate, "every": every, "sensitivity_every": sensitivity_every,
-        "save_every": save_every, "paths": paths,
+        "learning_rate": learning_rate, "patch_size": patch_size, "precision": precision,
+        "every": every, "sensitivity_every": sensitivity_every, "save_every": save_every,
+        "paths": paths,
     }  # fmt: skip
     given = {name: value for name, value in settings.items() if value is not None}
     run_train(TrainOptions(out, given, resume, weights))

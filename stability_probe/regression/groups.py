@@ -213,6 +213,7 @@ SCHEDULE = (
 """Settings of a probe on which its numbers depend."""
 TRAIN_OPTIONS = (
     "scheme", "steps", "data", "model", "n_skips", "width", "batch_size", "learning_rate",
+    "patch_size", "precision",
 )  # fmt: skip
 """Settings of a training that `stability-probe train` takes as options."""
 

@@ -1,6 +1,7 @@
 """Images to train on, all from inside installed packages, scaled to [−1, 1]."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ def faces() -> Images:
     return _scale(lfw_subset()[:100, None, :24, :24])
 
 
-def photos() -> Images:
-    """Patches of seven photographs that scikit-image ships, (n, 3, 16, 16)."""
+def photos(size: int = 16) -> Images:
+    """Square patches of seven photographs that scikit-image ships, (n, 3, size, size)."""
     from skimage import data
 
     names = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "camera")
@@ -36,9 +37,9 @@ def photos() -> Images:
         photo = getattr(data, name)() / 255
         photo = np.repeat(photo[..., None], 3, axis=-1) if photo.ndim == 2 else photo
         small = photo[::2, ::2]  # neighbouring pixels of photographs say nearly the same
-        rows, columns = (n // 16 for n in small.shape[:2])
-        grid = small[: rows * 16, : columns * 16].reshape(rows, 16, columns, 16, 3)
-        patches.append(grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, 16, 16))
+        rows, columns = (n // size for n in small.shape[:2])
+        grid = small[: rows * size, : columns * size].reshape(rows, size, columns, size, 3)
+        patches.append(grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, size, size))
     return _scale(np.concatenate(patches))
 
 
@@ -68,6 +69,7 @@ DATASETS: dict[str, Callable[[], Images]] = {
     "digits": digits,
     "faces": faces,
     "photos": photos,
+    "photos-32": partial(photos, 32),
     "mnist": mnist,
     "uniform": uniform,
 }

@@ -29,6 +29,8 @@ MODELS = ("uvit", "unet2d", "theory-unet")
 """The networks that `build_model` makes."""
 NOISE_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 """β schedules, as diffusers names them."""
+PRECISIONS = ("fp32", "bf16")
+"""What the forward pass computes in."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class TrainConfig:
         weight_decay: of AdamW.
         noise_schedule: β schedule, as diffusers names it.
         noise_levels: number T of noise levels.
+        patch_size: of the U-ViT; `None` for 2 up to 16 pixels a side, and 4 above.
+        precision: of the forward pass: `fp32`, or `bf16` under autocast.
 
     Raises:
         StabilityProbeError: if a value is out of range or a name unknown.
@@ -67,18 +71,23 @@ class TrainConfig:
     weight_decay: float = 0.01
     noise_schedule: str = "linear"
     noise_levels: int = 1000
+    patch_size: int | None = None
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         parse_scaling(self.scheme)
-        for name in ("steps", "n_skips", "width", "batch_size", "noise_levels"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "n_skips", "width", "batch_size", "noise_levels", "patch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise StabilityProbeError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
                 raise StabilityProbeError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise StabilityProbeError(f"learning_rate must be positive, got {self.learning_rate}")
-        names = {"model": MODELS, "data": DATASETS, "noise_schedule": NOISE_SCHEDULES}
+        names = {
+            "model": MODELS, "data": DATASETS, "noise_schedule": NOISE_SCHEDULES,
+            "precision": PRECISIONS,
+        }  # fmt: skip
         for name, known in names.items():
             if getattr(self, name) not in known:
                 raise StabilityProbeError(
@@ -125,7 +134,7 @@ def build_model(config: TrainConfig, shape: Sequence[int]) -> nn.Module:
     if config.model == "uvit":
         sizes = UViTConfig(
             img_size=height,
-            patch_size=2 if height <= 16 else 4,
+            patch_size=config.patch_size or (2 if height <= 16 else 4),
             in_chans=channels,
             embed_dim=config.width,
             depth=2 * config.n_skips + 1,
@@ -220,6 +229,9 @@ class Training(Iterator[TrainStep]):
         self._warmup = get_constant_schedule_with_warmup(optimizer, config.warmup)
         self._wrapped, self._optimizer = self._accelerator.prepare(model, optimizer)
         self._schedule = noise_scheduler(config)
+        self._autocast = torch.autocast(
+            self._accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16"
+        )
         model.train()
 
     def __next__(self) -> TrainStep:
@@ -231,7 +243,8 @@ class Training(Iterator[TrainStep]):
         if self.step >= self.config.steps:
             raise StopIteration
         x0, noise, t = self._draw()
-        output = first_tensor(self._wrapped(self._schedule.add_noise(x0, noise, t), t))
+        with self._autocast:
+            output = first_tensor(self._wrapped(self._schedule.add_noise(x0, noise, t), t))
         loss = per_sample_mse(output, noise)
         self._accelerator.backward(loss.mean())
         learning_rate = float(self._warmup.get_last_lr()[0])

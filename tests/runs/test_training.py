@@ -203,6 +203,29 @@ class TestLoop:
             list(train(Stub(), images, config(steps=9)))
 
 
+def test_under_bf16_the_layers_compute_in_it_and_the_loss_does_not():
+    linear = nn.Linear(8, 8)
+    seen = []
+    linear.register_forward_hook(lambda *_: seen.append(_[-1].dtype))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x, t):
+            return self.linear(x)
+
+    images = constant_images(8, size=8).float()
+    losses = [step.loss.dtype for step in train(Network(), images, config(steps=2))]
+    losses += [
+        step.loss.dtype for step in train(Network(), images, config(steps=1, precision="bf16"))
+    ]
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+    assert losses == [torch.float32] * 3
+    assert linear.weight.dtype == torch.float32
+
+
 class TestLearning:
     def run(self, steps=60, **options):
         c = config(steps=steps, batch_size=32, learning_rate=2e-3, **options)
@@ -275,13 +298,20 @@ class TestModels:
         assert torch.equal(weights(1), first)
         assert not torch.equal(weights(2), first)
 
+    @pytest.mark.parametrize(("options", "tokens"), [({}, 16), ({"patch_size": 4}, 4)])
+    def test_the_patch_size_can_be_chosen(self, options, tokens):
+        model = build_model(config(model="uvit", **options), (1, 8, 8))
+        assert model.pos_embed.shape[1] == tokens + 1  # one for t
+
     def test_a_width_that_does_not_fit_is_refused(self):
         with pytest.raises(StabilityProbeError, match="embed_dim must be a multiple of num_heads"):
             build_model(config(model="uvit", width=6), (1, 8, 8))
 
 
 class TestConfig:
-    @pytest.mark.parametrize("name", ["steps", "n_skips", "width", "batch_size", "noise_levels"])
+    @pytest.mark.parametrize(
+        "name", ["steps", "n_skips", "width", "batch_size", "noise_levels", "patch_size"]
+    )
     @pytest.mark.parametrize("value", [0, -3])
     def test_a_number_below_one_is_refused(self, name, value):
         with pytest.raises(StabilityProbeError, match=f"{name} must be at least 1, got {value}"):
@@ -298,6 +328,7 @@ class TestConfig:
             ({"model": "vgg"}, "unknown model 'vgg'; choose from uvit, unet2d, theory-unet"),
             ({"data": "cifar"}, "unknown data 'cifar'; choose from digits"),
             ({"noise_schedule": "foo"}, "unknown noise_schedule 'foo'; choose from linear, "),
+            ({"precision": "fp8"}, "unknown precision 'fp8'; choose from fp32, bf16"),
             ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
             ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
             ({"warmup": -5}, "warmup must be at least 0, got -5"),
