@@ -8,5 +8,6 @@ from .groups import Group as Group
 from .groups import group_runs as group_runs
 from .measures import Measures as Measures
 from .measures import measures_of as measures_of
+from .measures import run_numbers as run_numbers
 from .requirements import Requirement as Requirement
 from .requirements import parse_requirement as parse_requirement

@@ -19,12 +19,14 @@ Beside them stand numbers that are not tested, and tell where a change comes fro
 energy of h_0 or the sensitivity by noise level.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from stability_probe.runs import Run
 from stability_probe.verify import Evidence
 from stability_probe.verify.oscillation import TRANSIENT
 from stability_probe.verify.robustness import Norms
@@ -59,6 +61,22 @@ def measures_of(run: Evidence) -> Measures:
     tested = {**_loss(settled), **_energies(settled), **_gradients(settled)}
     tested |= {**_gains(settled), **_sensitivity(run)}
     return Measures(tested, _by_noise_level(settled))
+
+
+def run_numbers(run: Run) -> dict[str, float]:
+    """Numbers of a training run for a table of many: those of `measures_of`, and two more.
+
+    `final_loss` is the mean loss over the last tenth of the recorded steps, `probe_overhead` what
+    the probe took as a share of a bare step.
+    """
+    evidence = Evidence.of(run)
+    found = measures_of(evidence).tested
+    loss = evidence.series("loss", "loss")
+    if 0 in loss:
+        found["final_loss"] = float(np.mean(loss[0].to_numpy()[-math.ceil(len(loss) / 10) :]))
+    if "probe" in evidence.info:
+        found["probe_overhead"] = evidence.info["probe"]["overhead"]
+    return found
 
 
 def _settled(run: Evidence) -> Evidence:

@@ -1,6 +1,7 @@
 """Run folders, the small training loop, and what is recorded from them."""
 
 from stability_probe.runs.data import DATASETS, load_images
+from stability_probe.runs.grid import Grid
 from stability_probe.runs.probing import ProbedPoint, ProbingConfig, record_checkpoint
 from stability_probe.runs.recording import (
     EnsembleConfig,
@@ -9,6 +10,7 @@ from stability_probe.runs.recording import (
     record_training,
 )
 from stability_probe.runs.run import Run, open_runs
+from stability_probe.runs.sweep import sweep
 from stability_probe.runs.training import (
     MODELS,
     TrainConfig,
@@ -21,6 +23,7 @@ __all__ = [
     "DATASETS",
     "MODELS",
     "EnsembleConfig",
+    "Grid",
     "ProbedPoint",
     "ProbingConfig",
     "RecordConfig",
@@ -33,5 +36,6 @@ __all__ = [
     "record_checkpoint",
     "record_ensemble",
     "record_training",
+    "sweep",
     "train",
 ]
