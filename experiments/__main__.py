@@ -1,0 +1,85 @@
+"""Put the paper's claims to the test.
+
+    python -m experiments [CLAIM ...] [--scale cpu|gpu] [--out DIR] [--jobs N]
+
+Trains what a claim's grids say and DIR does not hold yet, examines the claim, and writes its table,
+figure, verdict and page into its folder; at scale gpu into a folder `gpu` below it.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments import claims_table
+from experiments.examination import write
+from experiments.studies import SCALES, Study, conduct
+from stability_probe.cli.console import progress
+from stability_probe.errors import StabilityProbeError
+
+HERE = Path(__file__).parent
+OUT = Path("experiments-out")
+
+
+def claims() -> list[str]:
+    """The claims' folders, in the order of the paper's list."""
+    order = yaml.safe_load((HERE / "claims.yaml").read_text(encoding="utf-8"))
+    return list(order)
+
+
+def configuration(claim: str) -> dict[str, Any]:
+    """What a claim says, and the grids it rests on."""
+    text = (HERE / claim / "config.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text))
+
+
+def studies_of(config: dict[str, Any], options: argparse.Namespace) -> list[Study]:
+    """The runs of a claim's grids; what is missing is trained."""
+    return [_study(name, options) for name in config["grids"][options.scale]]
+
+
+def _study(name: str, options: argparse.Namespace) -> Study:
+    with progress() as display:
+        task = display.add_task(name, total=None)
+
+        def on_done(run: str, outcome: object) -> None:
+            display.advance(task)
+
+        return conduct(name, options.scale, options.out, options.jobs, on_done)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Examine claims, and print their verdicts."""
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(claims())}")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="sizes of networks and data")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the runs")
+    parser.add_argument("--into", type=Path, default=HERE, help="folder of the claims' folders")
+    parser.add_argument("--jobs", type=int, help="runs at once; as many as there are cores")
+    options = parser.parse_args(arguments)
+    unknown = [claim for claim in options.claims if claim not in claims()]
+    if unknown:
+        parser.error(f"unknown claim {unknown[0]!r}; choose from {', '.join(claims())}")
+    try:
+        for claim in options.claims or claims():
+            config = configuration(claim)
+            found = importlib.import_module(f"experiments.{claim}.claim").examine(
+                studies_of(config, options)
+            )
+            below = "" if options.scale == "cpu" else options.scale
+            command = f"python -m experiments {claim}" + (f" --scale {below}" if below else "")
+            print(f"{claim}: {write(found, options.into / claim / below, config, command)}")
+    except StabilityProbeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.into == HERE:
+        claims_table.update(HERE.parent / "README.md", HERE, claims())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Sensitivity to extra noise in the input falls with Σκ_i M_0^i.
+
+Trained networks are given x_t, and x_t with Gaussian noise added, on images and noise levels that
+are the same for all. How far the output moves for how far the input was moved is what Theorem 3.4
+bounds; how much the loss rises is what a user sees. The bound is taken with the block norms
+measured at the probe's samples, in the paper's form.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from experiments.examination import Examination, scheme_colours
+from experiments.findings import Question
+from experiments.measures import geometric_mean, over, slopes
+from experiments.studies import UNSCALED, Member, Study, label
+from stability_probe.plots.figures import grid, legend, title
+from stability_probe.runs.training import noise_scheduler
+from stability_probe.skips.taps import first_tensor
+from stability_probe.verify.robustness import sensitivity_table
+
+SCALED = ("inverse-sqrt2", "cs:0.7", "ls")
+EXTRA = (0.05, 0.1, 0.2, 0.4)
+"""‖δ‖/‖x_t‖ in the mean."""
+SHOWN = 0.1
+"""The one that questions are about."""
+IMAGES = 256
+
+
+@cache
+def responses(member: Member) -> pd.DataFrame:
+    """By relative size of the noise: mean ‖Δout‖/‖δ‖ and the loss over that without noise."""
+    model, images = member.network(), member.images
+    generator = torch.Generator().manual_seed(34)
+    x0 = images[torch.randint(len(images), (IMAGES,), generator=generator)]
+    noise = torch.randn(x0.shape, generator=generator)
+    t = torch.randint(member.config.noise_levels, (IMAGES,), generator=generator)
+    x = noise_scheduler(member.config).add_noise(x0, noise, t)
+    delta = torch.randn(x.shape, generator=generator)
+    rows = []
+    with torch.no_grad():
+        clean = first_tensor(model(x, t))
+        for size in EXTRA:
+            moved = size * delta * x.square().mean().sqrt()
+            noisy = first_tensor(model(x + moved, t))
+            gain = (noisy - clean).flatten(1).norm(dim=1) / moved.flatten(1).norm(dim=1)
+            loss = (noisy - noise).square().mean() / (clean - noise).square().mean()
+            rows.append((size, float(gain.mean()), float(loss)))
+    return pd.DataFrame(rows, columns=["extra", "gain", "loss"]).set_index("extra")
+
+
+def bound(member: Member) -> float:
+    """Σκ_i M_0^i + M_0^N L_0 at the last measurement, mean over samples."""
+    return float(sensitivity_table(member.evidence)[-1]["paper"])
+
+
+def examine(studies: Sequence[Study]) -> Examination:
+    """Responses with a scheme over those without, and their slope against the bound."""
+    questions, rows = [], []
+    for study in studies:
+        gains = study.table(lambda m: float(responses(m).gain[SHOWN]))
+        losses = study.table(lambda m: float(responses(m).loss[SHOWN]))
+        bounds = study.table(bound)
+        for scheme in SCALED:
+            text = f"‖Δout‖/‖δ‖, {label(scheme)} over unscaled"
+            questions.append(Question(study.grid, text, over(gains, scheme, UNSCALED), "below"))
+        text = "slope of log ‖Δout‖/‖δ‖ on log (Σκ_i M_0^i + c_0) over schemes"
+        steep = slopes(study, gains, bounds)
+        questions.append(Question(study.grid, text, steep, "above", 0.0, ratio=False))
+        rows += [
+            {"grid": study.grid, "scheme": label(s), "‖Δout‖/‖δ‖": geometric_mean(gains[s]),
+             "over unscaled": geometric_mean(pd.Series(over(gains, s, UNSCALED))),
+             "loss with noise over without": geometric_mean(losses[s]),
+             "bound": geometric_mean(bounds[s]),
+             "bound / measured": geometric_mean(bounds[s] / gains[s])}
+            for s in study.schemes
+        ]  # fmt: skip
+    return Examination(questions, pd.DataFrame(rows), {"input_noise": _figure(studies)})
+
+
+def _figure(studies: Sequence[Study]) -> Figure:
+    """The loss by size of the noise above; the response against the bound below."""
+    figure, axes = grid(1, 2 * len(studies), size=(3.0, 3.2))
+    colours = scheme_colours(studies)
+    for c, study in enumerate(studies):
+        left, right = axes[0, 2 * c], axes[0, 2 * c + 1]
+        bounds = study.table(bound)
+        for scheme in study.schemes:
+            mine = [responses(m).loss for m in study.where(scheme=scheme).members]
+            curve = np.exp(np.mean(np.log(np.array(mine)), axis=0))
+            left.plot(EXTRA, curve, "o-", ms=3, color=colours[scheme], label=label(scheme))
+            gains = [responses(m).gain[SHOWN] for m in study.where(scheme=scheme).members]
+            right.scatter(bounds[scheme], gains, color=colours[scheme], s=24, lw=0)
+        left.set(xlabel="‖δ‖/‖x$_t$‖", ylabel="loss over that without δ", title=study.grid)
+        right.set(xscale="log", xlabel="bound of Theorem 3.4", ylabel="‖Δout‖/‖δ‖")
+    legend(figure, axes[0, 0])
+    title(figure, "Extra noise in the input of trained networks")
+    return figure
