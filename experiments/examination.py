@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from experiments.findings import Finding, Question, Shares, answer_all, overall, rounded
 from experiments.studies import Study
-from stability_probe.plots.figures import SCHEMES
 
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 """What made parts of a page stand between."""
@@ -36,7 +36,8 @@ class Examination:
 def scheme_colours(studies: Sequence[Study]) -> dict[str, Any]:
     """One colour a scheme, the same in all panels."""
     schemes = dict.fromkeys(scheme for study in studies for scheme in study.schemes)
-    return {scheme: SCHEMES[i % len(SCHEMES)] for i, scheme in enumerate(schemes)}
+    palette = sns.color_palette("tab20", 20)
+    return {scheme: palette[(2 * i + i // 10) % 20] for i, scheme in enumerate(schemes)}
 
 
 def write(found: Examination, folder: Path, config: Mapping[str, Any], command: str) -> str:

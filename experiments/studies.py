@@ -24,6 +24,9 @@ from stability_probe.verify import Evidence
 GRIDS = Path(__file__).parent / "grids"
 SCALES = ("cpu", "gpu")
 UNSCALED = "unscaled"
+OUTERMOST, OTHERS = "kappa:0.7071,1,1,1,1,1", "kappa:1,0.7071,0.7071,0.7071,0.7071,0.7071"
+"""Of six skips the outermost alone, or all the others, scaled by 1/√2."""
+LABELS = {OUTERMOST: "1/√2 at skip 1 alone", OTHERS: "1/√2 at all but skip 1"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class Study:
 
 def label(scheme: str) -> str:
     """What tables and figures call a scheme."""
+    if scheme in LABELS:
+        return LABELS[scheme]
     columns = ["step", "metric", "site", "level", "stat", "value"]
     return scheme_label(Evidence(scheme, pd.DataFrame(columns=columns), {"scheme": scheme}))
 

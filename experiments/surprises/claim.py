@@ -21,12 +21,11 @@ from scipy import stats
 from experiments.examination import Examination, scheme_colours
 from experiments.findings import Question
 from experiments.measures import feature_range, geometric_mean, over, parameter_energies
-from experiments.studies import UNSCALED, Member, Study, label
+from experiments.studies import OTHERS, OUTERMOST, UNSCALED, Member, Study, label
 from stability_probe.plots.figures import grid, legend, title
 from stability_probe.verify.robustness import sensitivity_table
 
 NONE, ROOT, CS = "uniform:0", "inverse-sqrt2", "cs:0.7"
-OUTERMOST, OTHERS = "kappa:0.7071,1,1,1,1,1", "kappa:1,0.7071,0.7071,0.7071,0.7071,0.7071"
 FIRST = 3
 """Steps at the start, where all weights are next to their initial ones."""
 
