@@ -89,7 +89,7 @@ class Store:
             self._on_records(frame)
         except Exception as error:
             self._on_records = None
-            what = f"{type(error).__name__}: {error}"
+            what = " ".join(f"{type(error).__name__}: {error}".split())
             warnings.warn(
                 f"StabilityProbe: on_records failed ({what}); training goes on, and it is told of "
                 "no more records",

@@ -166,8 +166,7 @@ class Trackers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for tracker in list(self._trackers):
-            self._guarded(tracker, tracker.finish)
+        self._finish()
 
     def note(self, step: int, **values: float) -> None:
         """Have numbers logged with the records of a step, should it be recorded."""
@@ -195,11 +194,16 @@ class Trackers:
                 tracker = _MADE[name](self._run, self._after)
                 tracker.start()
             except Exception as error:
+                self._finish()
                 raise StabilityProbeError(
                     f"{self._run.path}: the tracker {name} cannot be started ({_said(error)}); "
                     f"see to that, or train without --track {name}"
                 ) from error
             self._trackers.append(tracker)
+
+    def _finish(self) -> None:
+        for tracker in list(self._trackers):
+            self._guarded(tracker, tracker.finish)
 
     def _guarded(self, tracker: GeneralTracker, act: Callable[[], object]) -> None:
         try:

@@ -235,19 +235,24 @@ class TestEnd:
 class TestGoingOn:
     def test_from_a_checkpoint(self, tmp_path):
         """To the records of a training that never stopped; those after it are taken again."""
+        epochs = {"limit_train_batches": 2}
+        never = callback()
+        _, twin = fit(tmp_path, [never], **epochs)
         mine = callback(tmp_path / "run")
         with pytest.raises(ZeroDivisionError):
-            fit(tmp_path, [mine, SavesAt(tmp_path / "x.ckpt", 4)], Module(breaks_at=5))
+            saving = SavesAt(tmp_path / "x.ckpt", 4)
+            fit(tmp_path, [mine, saving], Module(breaks_at=5), **epochs)
+        assert set(Run.open(tmp_path / "run").records().step) == {1, 2, 3, 4, 5}
         again = callback(tmp_path / "run")
-        _, module = fit(tmp_path, [again], ckpt_path=tmp_path / "x.ckpt")
+        _, module = fit(tmp_path, [again], ckpt_path=tmp_path / "x.ckpt", **epochs)
         run = Run.open(tmp_path / "run")
         assert (run.info["state"], run.info["resumed"]) == ("complete", [4])
-        expected, twin = by_hand()
-        assert_same(run.records(), expected)
+        assert_same(run.records(), never.probe.frame())
         assert same_weights(module, twin)
 
     def test_a_checkpoint_can_be_read_as_plain_values(self, tmp_path):
-        fit(tmp_path, [callback(), SavesAt(tmp_path / "x.ckpt", 2)])
+        saving = SavesAt(tmp_path / "x.ckpt", 2)
+        fit(tmp_path, [callback(), saving], max_steps=2, limit_train_batches=2)
         saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["callbacks"]
         (state,) = (v for name, v in saved.items() if name.startswith("StabilityCallback"))
         assert state["steps"] == 2 and torch.equal(state["batch"]["args"][0], X[:2])
@@ -264,12 +269,12 @@ class TestGoingOn:
 
 
 class SavesAt(Callback):
-    """Saves a checkpoint after a step."""
+    """Saves a checkpoint at the end of the epoch that a step ends."""
 
     def __init__(self, file, step):
         self.file, self.step = file, step
 
-    def on_train_batch_end(self, trainer, *about):
+    def on_train_epoch_end(self, trainer, pl_module):
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.file)
 

@@ -253,10 +253,11 @@ class TestFailures:
         assert run.info["state"] == "complete"
 
     def test_one_that_cannot_be_started(self, made, tmp_path, monkeypatch):
-        made("wandb")
-        monkeypatch.setattr(InMemory, "start", lambda self: 1 / 0)
+        found = made("tensorboard")
+        monkeypatch.setitem(tracking._MADE, "wandb", lambda run, after: 1 / 0)
         with pytest.raises(StabilityProbeError) as refused:
-            record_training(CONFIG, tmp_path / "run", PLAIN, track=["wandb"])
+            record_training(CONFIG, tmp_path / "run", PLAIN, track=["tensorboard", "wandb"])
+        assert found["tensorboard"].ended
         assert str(refused.value) == (
             f"{tmp_path / 'run'}: the tracker wandb cannot be started (ZeroDivisionError: division "
             "by zero); see to that, or train without --track wandb"
