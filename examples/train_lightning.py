@@ -62,7 +62,6 @@ def main(options: argparse.Namespace) -> None:
         model="unet",
         inputs=(torch.zeros(1, 1, 8, 8), torch.tensor([0])),
         every=1,
-        sensitivity_every=options.steps,
     )
     trainer = Trainer(
         accelerator="cpu",
