@@ -39,7 +39,7 @@ from stability_probe.runs.training import (
     Training,
     TrainStep,
     build_model,
-    noise_scheduler,
+    input_moments,
     probe_batch,
     train,
 )
@@ -219,7 +219,7 @@ def _set_up(
         "kappa": scaled.kappa,
         "unmet": scheme.unmet,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "input": _input_moments(config, images),
+        "input": input_moments(config, images),
     }
     training = train(model, images, config)
     probe_config = probing.probe or ProbeConfig()
@@ -255,15 +255,6 @@ def _save(run: Run, training: Training, probe: StabilityProbe) -> None:
         save_state(run, state)
     except StabilityProbeError as error:
         warnings.warn(f"{error}; training goes on", RecordWarning, stacklevel=2)
-
-
-def _input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]:
-    """What Lemma 3.2 needs to know: the arguments of `theory.input_energy`."""
-    return {
-        "m": images[0].numel(),
-        "second_moment": images.double().square().mean().item(),
-        "mean_alpha_squared": noise_scheduler(config).alphas_cumprod.mean().item(),
-    }
 
 
 def seeded_scaling(name: str, seed: int) -> Scaling:
