@@ -6,6 +6,7 @@ from .models import UViTConfig as UViTConfig
 from .probes import ProbeBatch as ProbeBatch
 from .probes import StabilityProbe as StabilityProbe
 from .runs import Run as Run
+from .runs import log_to as log_to
 from .skips import ConstantScaling as ConstantScaling
 from .skips import FreeU as FreeU
 from .skips import InverseSqrt2 as InverseSqrt2

@@ -11,7 +11,7 @@ PACKAGE = "stability_probe"
 ROOT = Path(stability_probe.__file__).parent
 ORDER = [
     "models", "skips", "probes", "runs", "checkpoints", "verify", "plots", "report", "regression",
-    "cli",
+    "integrations", "cli",
 ]  # fmt: skip
 SHARED = {"theory", "errors"}
 

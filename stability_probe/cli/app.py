@@ -91,6 +91,14 @@ def train(
     weights: Annotated[
         Path | None, typer.Option(help="File for the trained weights, as `probe` reads them.")
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TRACKER",
+            help="Draw curves while it trains, into the run folder: tensorboard or wandb. May be "
+            "repeated.",
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -110,7 +118,7 @@ def train(
         "paths": paths,
     }  # fmt: skip
     given = {name: value for name, value in settings.items() if value is not None}
-    run_train(TrainOptions(out, given, resume, weights))
+    run_train(TrainOptions(out, given, resume, weights, track or ()))
 
 
 @app.command()

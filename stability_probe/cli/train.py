@@ -1,6 +1,6 @@
 """`stability-probe train`: from its options to a recorded run, in one sitting or several."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,14 @@ class TrainOptions:
             default, or as they are in the run that is gone on with.
         resume: whether to go on with the run that is in the folder.
         weights: a file for the trained weights.
+        track: names of trackers.
     """
 
     out: Path
     given: Mapping[str, Any]
     resume: bool = False
     weights: Path | None = None
+    track: Sequence[str] = ()
 
 
 def run_train(options: TrainOptions) -> None:
@@ -51,7 +53,13 @@ def run_train(options: TrainOptions) -> None:
             shown = is_main() and not finished
             on_step = _progress(config, stack) if shown else None
             run = record_training(
-                config, options.out, probing, on_step, options.weights, options.resume
+                config,
+                options.out,
+                probing,
+                on_step,
+                options.weights,
+                options.resume,
+                options.track,
             )
         if is_main():
             _report(run, finished)

@@ -20,9 +20,9 @@ from stability_probe.probes.features import FeatureProbe, is_unwatched, unwatche
 from stability_probe.probes.gradients import ParameterProbe
 from stability_probe.probes.ranks import Ranks
 from stability_probe.probes.records import RunFolder, as_frame
-from stability_probe.probes.refusals import measurable, refuse_unfit
+from stability_probe.probes.refusals import measurable, refuse_settings, refuse_unfit
 from stability_probe.probes.sensitivity import SensitivityProbe
-from stability_probe.probes.store import Store
+from stability_probe.probes.store import OnRecords, Store
 from stability_probe.probes.summaries import per_sample
 from stability_probe.probes.waiting import GRAD_SCALE, LOSS, beside, waiting
 from stability_probe.skips import Block, SkipConnection, parameter_blocks
@@ -46,6 +46,10 @@ class StabilityProbe:
         sensitivity_every: take the scheduled measurements at the first step and at each multiple
             of this; 0 never.
         run: a `Run` to store into. Without one, the records stay in memory and grow with the steps.
+        on_records: called with every part of the records (a frame, as of `frame`) when it is
+            stored: 50 recorded steps at a time, and what is left at the end; in a distributed
+            training by process 0. `runs.log_to` makes one for a tracker. If it raises an error,
+            there is a warning, and it is not called again.
         batch: what to take the scheduled measurements on; `None` keeps the first eight samples that
             the model is given, which leaves out per-sample gradients (they need a target).
         config: further settings.
@@ -72,19 +76,11 @@ class StabilityProbe:
         every: int = 10,
         sensitivity_every: int = 100,
         run: RunFolder | None = None,
+        on_records: OnRecords | None = None,
         batch: ProbeBatch | None = None,
         config: ProbeConfig | None = None,
     ) -> None:
-        if every < 1 or sensitivity_every < 0:
-            raise StabilityProbeError(
-                f"StabilityProbe: every must be at least 1 and sensitivity_every at least 0, "
-                f"got {every} and {sensitivity_every}"
-            )
-        if [s.level for s in skips] != list(range(1, len(skips) + 1)):
-            raise StabilityProbeError(
-                f"StabilityProbe: skips must have the levels 1..N in order, "
-                f"got {[s.level for s in skips]}; pass all that find_skips returned"
-            )
+        refuse_settings(every, sensitivity_every, [s.level for s in skips])
         self.model, self.skips, self.run = unwrapped(model), list(skips), run
         self.every, self.sensitivity_every = every, sensitivity_every
         self.config = config or ProbeConfig()
@@ -99,7 +95,7 @@ class StabilityProbe:
         self._owed = False
         self._dropped: str | None = None
         self._outgoing: Outgoing | None = None
-        self._store = Store(run)
+        self._store = Store(run, on_records)
         self._ranks = Ranks()
         self._hooks = ExitStack()
         self._seconds = {"step": 0.0, "flush": 0.0, "sensitivity": 0.0}
@@ -250,8 +246,9 @@ class StabilityProbe:
         """What the probe itself has cost.
 
         Returns:
-            Seconds in hooks, in `step`, in storing and in the scheduled measurements; seconds in
-            all; and `overhead`, the first three over the seconds in which the probe did nothing.
+            Seconds in hooks, in `step`, in storing, `on_records` included, and in the scheduled
+            measurements; seconds in all; and `overhead`, the first three over the seconds in which
+            the probe did nothing.
         """
         elapsed = (self._ended or time.perf_counter()) - self._started
         seconds = {"hooks": self._features.seconds, **self._seconds}

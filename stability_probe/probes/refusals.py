@@ -1,6 +1,6 @@
-"""Models that cannot be probed as they are: each is refused with what to do instead."""
+"""What cannot be probed as it is: it is refused with what to do instead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -13,6 +13,29 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "it has no parameters of their own left to read; use "
     "torch.distributed.fsdp.fully_shard",
 }
+
+
+def refuse_settings(every: int, sensitivity_every: int, levels: Sequence[int]) -> None:
+    """Check how a probe is to record.
+
+    Args:
+        every: steps between two that are recorded.
+        sensitivity_every: steps between scheduled measurements; 0 for none.
+        levels: of the skips.
+
+    Raises:
+        StabilityProbeError: if it cannot.
+    """
+    if every < 1 or sensitivity_every < 0:
+        raise StabilityProbeError(
+            f"StabilityProbe: every must be at least 1 and sensitivity_every at least 0, "
+            f"got {every} and {sensitivity_every}"
+        )
+    if list(levels) != list(range(1, len(levels) + 1)):
+        raise StabilityProbeError(
+            f"StabilityProbe: skips must have the levels 1..N in order, "
+            f"got {list(levels)}; pass all that find_skips returned"
+        )
 
 
 def refuse_unfit(model: nn.Module, sensitivity_every: int) -> None:

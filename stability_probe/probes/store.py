@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -10,6 +10,9 @@ import pandas as pd
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.ranks import RecordWarning
 from stability_probe.probes.records import RunFolder, joined
+
+OnRecords = Callable[[pd.DataFrame], object]
+"""What is told of records: it is called with every part of them, a frame."""
 
 WAITING = 8
 """Parts that wait in memory for a folder that cannot be written."""
@@ -23,10 +26,13 @@ class Store:
 
     Args:
         run: the run folder, or `None` for memory.
+        on_records: who else is told of the records. If that fails, there is a warning, and it is
+            told of no more; a folder that cannot be written does not concern it.
     """
 
-    def __init__(self, run: RunFolder | None) -> None:
+    def __init__(self, run: RunFolder | None, on_records: OnRecords | None = None) -> None:
         self._run = run
+        self._on_records = on_records
         self._frames: list[pd.DataFrame] = []
         self._waiting: deque[pd.DataFrame] = deque()
         self._given_up: list[tuple[int, int]] = []
@@ -43,13 +49,14 @@ class Store:
         return f"records of steps {steps} could not be stored: {self._error or 'interrupted'}"
 
     def put(self, frame: pd.DataFrame) -> None:
-        """Store records, and those that wait, if there are any."""
+        """Store records, and those that wait, if there are any; then tell of them."""
         if self._run is None:
             self._frames.append(frame)
-            return
-        if not frame.empty:
-            self._waiting.append(frame)
-        self._write(self._run)
+        else:
+            if not frame.empty:
+                self._waiting.append(frame)
+            self._write(self._run)
+        self._tell(frame)
 
     def frame(self) -> pd.DataFrame:
         """All records so far, those that wait included."""
@@ -74,6 +81,21 @@ class Store:
             self._warn(error, "training goes on, and the records wait in memory")
             if len(self._waiting) > WAITING:
                 self._given_up.append(_span(self._waiting.popleft()))
+
+    def _tell(self, frame: pd.DataFrame) -> None:
+        if self._on_records is None or frame.empty:
+            return
+        try:
+            self._on_records(frame)
+        except Exception as error:
+            self._on_records = None
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(
+                f"StabilityProbe: on_records failed ({what}); training goes on, and it is told of "
+                "no more records",
+                RecordWarning,
+                stacklevel=2,
+            )
 
     def _warn(self, error: Exception, consequence: str) -> None:
         """Warn the first time."""

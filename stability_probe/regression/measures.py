@@ -27,12 +27,10 @@ import numpy as np
 import pandas as pd
 
 from stability_probe.runs import Run
+from stability_probe.runs.tracking import BLOCKS
 from stability_probe.verify import Evidence
 from stability_probe.verify.oscillation import TRANSIENT
 from stability_probe.verify.robustness import Norms
-
-BLOCKS = {"a": "a_{}", "b": "b_{}", "mid": "mid", "other": "other"}
-"""Kinds of blocks, and what a block of level i is called."""
 
 
 @dataclass(frozen=True)

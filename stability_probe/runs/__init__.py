@@ -11,6 +11,7 @@ from stability_probe.runs.recording import (
 )
 from stability_probe.runs.run import Run, open_runs
 from stability_probe.runs.sweep import sweep
+from stability_probe.runs.tracking import Trackers, log_to, scalars
 from stability_probe.runs.training import (
     MODELS,
     TrainConfig,
@@ -28,14 +29,17 @@ __all__ = [
     "ProbingConfig",
     "RecordConfig",
     "Run",
+    "Trackers",
     "TrainConfig",
     "TrainStep",
     "build_model",
     "load_images",
+    "log_to",
     "open_runs",
     "record_checkpoint",
     "record_ensemble",
     "record_training",
+    "scalars",
     "sweep",
     "train",
 ]

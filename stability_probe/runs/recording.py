@@ -33,12 +33,13 @@ from stability_probe.runs.resuming import (
     write_whole,
 )
 from stability_probe.runs.run import Run
+from stability_probe.runs.tracking import Trackers
 from stability_probe.runs.training import (
     TrainConfig,
     Training,
     TrainStep,
     build_model,
-    noise_scheduler,
+    input_moments,
     probe_batch,
     train,
 )
@@ -98,6 +99,7 @@ def record_training(
     on_step: Callable[[TrainStep], None] | None = None,
     weights: Path | None = None,
     resume: bool = False,
+    track: Sequence[str] = (),
 ) -> Run:
     """Train a network with a probe attached and record it.
 
@@ -111,22 +113,26 @@ def record_training(
         weights: a file for the trained weights, those of the scheme under `se` included.
         resume: go on with the run of these settings if the folder holds it, from the last training
             state that was saved. The records will be those of a run that never stopped.
+        track: trackers that are told of the records as they are stored, into the run's folder:
+            `tensorboard`, `wandb` (`Trackers`). They are no part of the configuration: a run may be
+            gone on with under others.
 
     Returns:
         The finished run.
 
     Raises:
-        StabilityProbeError: if the folder or the configuration cannot be used.
+        StabilityProbeError: if the folder, the configuration or a tracker cannot be used.
         TrainingDiverged: if the loss stops being finite; the run folder says so and stays readable.
     """
     probing = probing or RecordConfig()
     images = load_images(config.data)
     run = Run(path, config.as_dict(), {"probing": probing.as_dict()})
+    trackers = Trackers(track, run)
     join()
     start = from_main(lambda: _find_start(run, weights, resume))
     try:
         if not start.finished:
-            _record(run, images, (config, probing), start, on_step, weights)
+            _record(run, images, (config, probing), trackers, start, on_step, weights)
     except TrainingDiverged:
         from_main(lambda: discard_state(run))
         raise
@@ -156,6 +162,7 @@ def _record(
     run: Run,
     images: Tensor,
     settings: tuple[TrainConfig, RecordConfig],
+    trackers: Trackers,
     start: Start,
     on_step: Callable[[TrainStep], None] | None,
     weights: Path | None,
@@ -163,7 +170,7 @@ def _record(
     """Train from the start that was found to the last step."""
     config, probing = settings
     with ExitStack() as stack:
-        model, training, probe = _set_up(run, images, settings, stack)
+        model, training, probe = _set_up(run, images, settings, trackers, stack)
         if start.again:
             text = f"{run.path}: holds no training state; it starts again from the first step"
             warnings.warn(text, RecordWarning, stacklevel=2)
@@ -172,9 +179,11 @@ def _record(
             training.load_state_dict(start.state["training"])
             probe.load_state_dict(start.state["probe"])
             start.state.clear()  # it is as large as the model and its optimizer
+        stack.enter_context(trackers.go_on(training.step))
         stack.enter_context(probe)
         try:
             for step in training:
+                trackers.note(step.step, learning_rate=step.learning_rate)
                 probe.step(loss=step.loss)
                 if on_step is not None:
                     on_step(step)
@@ -190,7 +199,11 @@ def _record(
 
 
 def _set_up(
-    run: Run, images: Tensor, settings: tuple[TrainConfig, RecordConfig], stack: ExitStack
+    run: Run,
+    images: Tensor,
+    settings: tuple[TrainConfig, RecordConfig],
+    trackers: Trackers,
+    stack: ExitStack,
 ) -> tuple[nn.Module, Training, StabilityProbe]:
     """The scaled model, its training, and a probe that is still to be entered."""
     config, probing = settings
@@ -206,7 +219,7 @@ def _set_up(
         "kappa": scaled.kappa,
         "unmet": scheme.unmet,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "input": _input_moments(config, images),
+        "input": input_moments(config, images),
     }
     training = train(model, images, config)
     probe_config = probing.probe or ProbeConfig()
@@ -219,6 +232,7 @@ def _set_up(
         every=probing.every,
         sensitivity_every=probing.sensitivity_every,
         run=run,
+        on_records=trackers,
         batch=batch,
         config=replace(probe_config, noise_levels=float(config.noise_levels)),
     )
@@ -241,15 +255,6 @@ def _save(run: Run, training: Training, probe: StabilityProbe) -> None:
         save_state(run, state)
     except StabilityProbeError as error:
         warnings.warn(f"{error}; training goes on", RecordWarning, stacklevel=2)
-
-
-def _input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]:
-    """What Lemma 3.2 needs to know: the arguments of `theory.input_energy`."""
-    return {
-        "m": images[0].numel(),
-        "second_moment": images.double().square().mean().item(),
-        "mean_alpha_squared": noise_scheduler(config).alphas_cumprod.mean().item(),
-    }
 
 
 def seeded_scaling(name: str, seed: int) -> Scaling:

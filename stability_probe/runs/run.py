@@ -4,6 +4,7 @@
     records/part-*.parquet  records, each part written whole and renamed into place
     training-state.pt       what a training that stops can go on from (`resuming`)
     verdicts.json, figures/ what was made of them
+    tensorboard/, wandb/    what trackers were told of it (`tracking`); nothing here reads them
 
 A part appears under its final name when it is complete and not before, so a run that was killed
 at any moment is read up to its last part. What has a name ending in `.partial` was never finished.

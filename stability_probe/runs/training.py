@@ -163,6 +163,15 @@ def noise_scheduler(config: TrainConfig) -> Any:
     )
 
 
+def input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]:
+    """What Lemma 3.2 needs to know: the arguments of `theory.input_energy`."""
+    return {
+        "m": images[0].numel(),
+        "second_moment": images.double().square().mean().item(),
+        "mean_alpha_squared": noise_scheduler(config).alphas_cumprod.mean().item(),
+    }
+
+
 def probe_batch(config: TrainConfig, images: Tensor, size: int, sensitive: int) -> ProbeBatch:
     """A fixed batch of noised images, spread over the images and over the noise levels.
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from stability_probe import Run
-from stability_probe.runs import RecordConfig, TrainConfig
+from stability_probe.runs import RecordConfig, TrainConfig, tracking
 from stability_probe.runs import run as run_module
 from stability_probe.runs.resuming import STATE_FILE
 from stability_probe.runs.training import Training
+from tests.oracles.curves import tensorboard_curves
 
 TINY = (
     "--model", "theory-unet", "--steps", 6, "--sensitivity-every", 0, "--n-skips", 2,
@@ -213,9 +214,35 @@ class TestRefusals:
         assert line.startswith(f"{tmp_path / 'file' / 'w.pth'}: the weights cannot be written (")
         assert not (tmp_path / "run").exists()
 
+    def test_a_tracker_that_is_not_known(self, refused, tmp_path):
+        line = refused(*new(tmp_path / "run", "--track", "aim"))
+        assert line == "unknown tracker 'aim'; choose from tensorboard, wandb"
+        assert not (tmp_path / "run").exists()
+
+    def test_a_tracker_that_is_not_installed(self, refused, tmp_path, monkeypatch):
+        monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+        line = refused(*new(tmp_path / "run", "--track", "wandb"))
+        assert line == (
+            "tracker 'wandb' needs the package wandb, which is not installed; "
+            "install stability_probe[wandb]"
+        )
+        assert not (tmp_path / "run").exists()
+
     def test_save_every(self, refused, tmp_path):
         line = refused(*new(tmp_path / "run", "--save-every", -1))
         assert "save_every must be at least 0, got -1" in line
+
+
+def test_track(cli, refused, tmp_path):
+    """Into the run folder, which is what it was to all commands."""
+    result = cli(*new(tmp_path / "run", "--track", "tensorboard"))
+    assert (result.code, result.complaints) == (0, [])
+    curves = tensorboard_curves(tmp_path / "run" / "tensorboard")
+    assert list(curves["energy/h_0"]) == list(curves["learning_rate"]) == [1, 2, 3, 4, 5, 6]
+    assert cli("verify", tmp_path).code == 0
+    assert cli("check", tmp_path, "--require", "loss<1e9").code == 0
+    assert "was complete" in cli(*train(tmp_path / "run", "--resume", "--track", "wandb")).out
+    assert not (tmp_path / "run" / "wandb").exists()
 
 
 def test_records_that_could_not_be_stored(cli, tmp_path, monkeypatch):

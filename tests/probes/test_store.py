@@ -59,6 +59,29 @@ def test_in_memory(tmp_path):
     store.end(None, {})  # there is nothing to write it into
 
 
+def test_who_else_is_told(run, monkeypatch):
+    """Of every part once, whatever becomes of the folder; and no more after an error."""
+    told = []
+
+    def tell(part):
+        told.extend(part.step)
+        if 4 in told:
+            raise RuntimeError("gone\n away")
+
+    store, disk = Store(run, tell), Disk(run, monkeypatch)
+    store.put(frame(1, 2))
+    store.put(frame())
+    disk.full = True
+    with pytest.warns(RecordWarning, match="cannot be written"):
+        store.put(frame(3))
+    disk.full = False
+    with pytest.warns(RecordWarning, match="failed .RuntimeError: gone away.*told of no"):
+        store.put(frame(4))
+    store.put(frame(5))
+    assert told == [1, 2, 3, 4]
+    assert run.records().step.tolist() == [1, 2, 3, 4, 5] and store.missing is None
+
+
 def test_in_a_folder(run):
     store = Store(run)
     for steps in ((1, 2), (), (3,)):

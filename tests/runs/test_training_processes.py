@@ -1,6 +1,7 @@
 """Training in two processes: the steps of one process with the same batches."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from torch import nn
 
 from stability_probe import StabilityProbeError, find_skips, scale_skips
 from stability_probe.errors import TrainingDiverged
-from stability_probe.runs import TrainConfig, build_model, load_images, train
+from stability_probe.runs import (
+    RecordConfig,
+    TrainConfig,
+    build_model,
+    load_images,
+    record_training,
+    tracking,
+    train,
+)
 from stability_probe.runs.processes import from_all, join, leave
 from stability_probe.runs.recording import seeded_scaling
 from stability_probe.runs.training import _share
@@ -146,6 +155,31 @@ def test_two_go_on(forks, tmp_path):
     alone = train(build_model(config, images.shape[1:]), images, config)
     alone.load_state_dict(torch.load(tmp_path / "state.pt"))  # one may take over from two
     assert [step.step for step in alone] == [3, 4, 5]
+
+
+def track(folder):
+    """A tracker that cannot be started in the main process is an error in both."""
+    config = TrainConfig(model="theory-unet", **OPTIONS)
+    rows, probing = [], RecordConfig(sensitivity_every=0)
+
+    def make(run, after):
+        assert torch.distributed.get_rank() == 0
+        return SimpleNamespace(
+            name="wandb", start=list, finish=list, log=lambda values, step: rows.append(step)
+        )
+
+    tracking._MADE["wandb"] = make
+    record_training(config, folder / "run", probing, track=["wandb"])
+    assert rows == ([1, 2, 3, 4, 5] if torch.distributed.get_rank() == 0 else [])
+    tracking._MADE["wandb"] = lambda run, after: SimpleNamespace(start=lambda: 1 / 0)
+    with pytest.raises(StabilityProbeError, match="wandb cannot be started"):
+        record_training(config, folder / "other", probing, track=["wandb"])
+    leave()
+
+
+def test_of_two_the_main_one_tracks(forks, tmp_path):
+    ended = forks.call(track, tmp_path, processes=2)
+    assert ended.codes == (0, 0), ended.told
 
 
 @pytest.mark.parametrize(("processes", "size"), [(1, 7), (2, 6), (3, 6), (6, 6)])

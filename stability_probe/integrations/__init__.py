@@ -1,0 +1,1 @@
+"""The probe in other libraries' training loops; each module imports its library."""
