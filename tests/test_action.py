@@ -21,8 +21,9 @@ def steps_run(folder: Path, **inputs: str) -> list[subprocess.CompletedProcess]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = []
     for step in ACTION["runs"]["steps"]:
-        condition = re.fullmatch(r"inputs\.(\w+) != ''", step.get("if", "inputs.runs != ''"))
-        if not given[condition[1]]:
+        condition = step.get("if", "inputs.runs != ''")
+        name, unwanted = re.fullmatch(r"inputs\.(\w+) != '(\w*)'", condition).groups()
+        if given[name] == unwanted:
             continue
         assert "${{" not in step["run"]  # inputs come as variables, and are no code by accident
         env = {
@@ -54,14 +55,21 @@ def checkout(tmp_path_factory):
 
 
 def test_runs_that_are_fine(checkout):
-    (checked,) = steps_run(checkout, runs="runs", install="", options="--margin 0.2 --all")
+    (checked,) = steps_run(checkout, runs="runs", install="no", options="--margin 0.2 --all")
     assert checked.returncode == 0, checked.stderr
     assert "energy.h_1" in checked.stdout  # as --all has it
     assert (checkout / "summary.md").read_text().startswith("## Training stability: passed")
 
 
+def test_thresholds_alone_quoted_as_in_a_shell(checkout):
+    options = '--require "loss<1e9" --require "theorem_3_4 = HOLDS"'
+    (checked,) = steps_run(checkout, runs="runs", install="no", baseline="", options=options)
+    assert checked.returncode == 0, checked.stderr
+    assert "theorem_3_4 = HOLDS" in checked.stdout
+
+
 def test_runs_that_are_worse_fail_the_job(checkout):
-    (checked,) = steps_run(checkout, runs="worse", install="", junit="j.xml")
+    (checked,) = steps_run(checkout, runs="worse", install="no", junit="j.xml")
     assert checked.returncode == 1
     assert "loss" in checked.stdout
     assert "<failure" in (checkout / "j.xml").read_text()
@@ -69,18 +77,18 @@ def test_runs_that_are_worse_fail_the_job(checkout):
 
 
 def test_the_command_records_first_and_what_fails_ends_the_job(checkout):
-    recorded, checked = steps_run(checkout, runs="made", run="cp -r runs made", install="")
+    recorded, checked = steps_run(checkout, runs="made", run="cp -r runs made", install="no")
     assert (recorded.returncode, checked.returncode) == (0, 0)
-    (failed,) = steps_run(checkout, runs="made", run="false; true", install="")
+    (failed,) = steps_run(checkout, runs="made", run="false; true", install="no")
     assert failed.returncode == 1
 
 
 @pytest.mark.slow
 def test_the_package_is_installed_first(checkout):
-    """With what pip has to do nothing for."""
-    installed, _ = steps_run(checkout, runs="runs", install="pip --no-index")
-    assert "pip install" not in installed.stderr
-    assert installed.returncode == 0
+    """With what pip has to do nothing for; by default it would be the action's own folder."""
+    installed, _ = steps_run(checkout, runs="runs", install="pip")
+    assert installed.returncode == 0, installed.stderr
+    assert '"${INSTALL:-$GITHUB_ACTION_PATH}"' in ACTION["runs"]["steps"][0]["run"]
 
 
 def test_every_input_is_used_and_described():

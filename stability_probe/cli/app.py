@@ -189,7 +189,8 @@ def baseline(
         print(out.read_text(), end="")
         return
     for group in written.groups:
-        print(f"{group.name}: {len(group.seeds)} seeds, {len(group.tested)} numbers")
+        n = len(group.seeds)
+        print(f"{group.name}: {n} seed{'s' * (n > 1)}, {len(group.tested)} numbers")
         if len(group.seeds) < ENOUGH_SEEDS:
             note(f"{group.name}: with {ENOUGH_SEEDS} seeds, smaller changes would be seen")
     print(f"baseline: {out}")
@@ -237,9 +238,7 @@ def check(
     if as_json:
         print(json.dumps(finite(found.as_dict()), indent=2, ensure_ascii=False))
     else:
-        print_check(found, every)
-        if update:
-            print(f"baseline: {baseline}")
+        print_check(found, every, baseline if update else None)
     if not (all(r.met for r in found.requirements) if update else found.passed):
         raise typer.Exit(1)
 

@@ -11,9 +11,9 @@ from rich.text import Text
 from stability_probe.cli.console import note, number, out, plain_table
 from stability_probe.errors import StabilityProbeError
 from stability_probe.regression import Baseline, Check, Group, check, collect, parse_requirement
-from stability_probe.regression.check import GroupCheck
+from stability_probe.regression.check import GroupCheck, refuse_settings
 from stability_probe.regression.groups import group_runs
-from stability_probe.regression.reports import junit, markdown, mean, p_value
+from stability_probe.regression.reports import junit, markdown, p_value, sensitivity
 from stability_probe.regression.requirements import hold
 from stability_probe.runs import open_runs
 from stability_probe.runs.run import write_text
@@ -77,6 +77,7 @@ def run_check(options: CheckOptions) -> Check:
         )
     if options.update and options.baseline is None:
         raise StabilityProbeError("check: --update rewrites a baseline; say which with --baseline")
+    refuse_settings(options.margin, options.alpha)
     requirements = [parse_requirement(text) for text in options.require]
     file, then = options.baseline, Baseline([])
     if file is not None and (file.exists() or not options.update):
@@ -130,14 +131,24 @@ def _write_reports(found: Check, options: CheckOptions) -> None:
             note(f"{summary}: the job's summary cannot be written ({error.strerror})")
 
 
-def print_check(found: Check, every: bool) -> None:
-    """Print what changed, or every number, and what to look at first."""
+def print_check(found: Check, every: bool, replaced: Path | None = None) -> None:
+    """Print what changed, or every number, and what to look at first.
+
+    Args:
+        found: the check.
+        every: whether numbers are printed that have not changed.
+        replaced: the file, where the runs have been put into the baseline.
+    """
     for group in found.groups:
         _print_group(group, every)
     console = out()
     for r in found.requirements:
         mark = Text("met   " if r.met else "BROKEN", style="green" if r.met else "red")
         console.print(mark, Text(f"{r.requirement}   {r.found}"), soft_wrap=True)
+    if replaced is not None and all(r.met for r in found.requirements):
+        word = "as it was or better" if found.passed else "worse than before, and accepted"
+        console.print(Text(f"\n{replaced}: written; training is {word}", style="bold"))
+        return
     style, word = ("green", "passed") if found.passed else ("red", "FAILED")
     console.print(Text(f"\nstability check: {word}", style=f"bold {style}"))
 
@@ -152,17 +163,14 @@ def _print_group(group: GroupCheck, every: bool) -> None:
         names = ("number", "change", "baseline", "now", "p", "would show from", "verdict")
         table = plain_table(names, left=("number", "verdict"))
         for c in shown:
-            cells = [c.name, c.percent, number(mean(c.baseline), 4), number(mean(c.now), 4)]
+            cells = [c.name, c.percent, number(c.was, 4), number(c.is_now, 4)]
             cells += [p_value(c), f"×{c.visible:.3g}"]
             table.add_row(*cells, Text(c.change, style=_COLOURS[c.change]))
         console.print(table)
-    same = len(group.compared) - len(shown)
+    same = [c for c in group.compared if c.change == "same"]
     if same:
-        least = max(c.visible for c in group.compared if every or c.change == "same")
-        console.print(
-            f"{same} more numbers are not worse, as far as can be told: a rise of ×{least:.3g} "
-            "would have shown in each"
-        )
+        text = f"not worse, as far as can be told: {len(same)} numbers; {sensitivity(same)}"
+        console.print(text, soft_wrap=True)
     for flip in group.flips:
         if flip.change != "same":
             text = f"verdict {flip.change}: {flip.claim}: {flip.baseline[0]} -> {flip.now[0]}"

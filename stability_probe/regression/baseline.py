@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.regression.groups import Group, group_runs
+from stability_probe.regression.groups import Group, group_runs, runs_of
 from stability_probe.runs import Run
 from stability_probe.runs.run import finite, write_text
 
@@ -52,7 +52,7 @@ class Baseline:
             for name, values in group.tested.items():
                 if finite(values) != values:
                     raise StabilityProbeError(
-                        f"runs of {group.name}: {name} is not finite in one of them; a baseline "
+                        f"{runs_of(group.name)}: {name} is not finite in one of them; a baseline "
                         "needs runs that did not diverge"
                     )
         content = _content(self)

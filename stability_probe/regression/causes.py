@@ -24,23 +24,28 @@ def likely_cause(then: Group, now: Group, compared: Sequence[Comparison]) -> str
     ]
     if diverged:
         return f"training diverged with seed {', '.join(diverged)}: see its loss"
-    found = _gains(worse) or _levels(worse, _innermost(then)) or _rest(worse)
+    found = _gains(worse, then) or _levels(worse, _innermost(then)) or _rest(worse, compared)
     where = _noise_level(then, now)
     return f"{found}; {where}" if where else found
 
 
-def _gains(worse: Sequence[Comparison]) -> str:
-    """Skips that pass more than they did."""
+def _gains(worse: Sequence[Comparison], then: Group) -> str:
+    """Skips that pass more than they did, with the modules that they lead from and to."""
     risen = sorted((c for c in worse if c.name.startswith("gain.")), key=lambda c: c.name)
     if not risen:
         return ""
-    texts = [
-        f"{c.name.removeprefix('gain.').replace('_', ' ')}: {_mean(c.now):.3g} "
-        f"(was {_mean(c.baseline):.3g})"
-        for c in risen
-    ]
+    texts = [f"{_skip(c.name, then)}: {c.is_now:.3g} (was {c.was:.3g})" for c in risen]
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
     return f"skips pass more of their features: measured gain of {', '.join(texts[:3])}{more}"
+
+
+def _skip(name: str, group: Group) -> str:
+    """A skip by its level, and by its modules if they are known."""
+    level = int(name.rpartition("_")[2])
+    modules = group.about.get("skips", [])
+    if level > len(modules):
+        return f"skip {level}"
+    return f"skip {level} ({modules[level - 1].rpartition(' (')[0]})"
 
 
 def _levels(worse: Sequence[Comparison], n_skips: int) -> str:
@@ -51,9 +56,12 @@ def _levels(worse: Sequence[Comparison], n_skips: int) -> str:
     if not levels:
         return ""
     inner, outer = levels[-1], levels[0]
-    block = "the middle, or the encoder" if inner >= n_skips else f"decoder block b_{inner + 1}"
+    block = "the middle or the encoder" if inner >= n_skips else f"decoder block b_{inner + 1}"
     through = f"from h_{inner} to h_{outer}" if inner > outer else f"at h_{inner}"
-    return f"features are larger {through}, with the skips' gains as they were: look at {block}"
+    return (
+        f"features are larger {through}, with the skips' gains as they were: look at {block}, "
+        "and at the learning rate"
+    )
 
 
 def _innermost(group: Group) -> int:
@@ -62,7 +70,14 @@ def _innermost(group: Group) -> int:
     return max((int(name.rpartition("_")[2]) for name in names), default=0)
 
 
-def _rest(worse: Sequence[Comparison]) -> str:
+def _rest(worse: Sequence[Comparison], compared: Sequence[Comparison]) -> str:
+    smaller = [c.name for c in compared if c.change == "better" and c.name.startswith("energy.")]
+    if smaller:
+        levels = ", ".join(name.removeprefix("energy.") for name in sorted(smaller))
+        return (
+            f"features are smaller at {levels}, so that the network itself is another: look at "
+            "its normalisations, its initialisation and its last layers"
+        )
     kinds = {c.name.partition(".")[0] for c in worse}
     if kinds <= {"sensitivity", "path"}:
         return "the Jacobian has grown and features have not: look at the layers on the worst path"

@@ -8,7 +8,7 @@ from stability_probe.errors import StabilityProbeError
 from stability_probe.regression.baseline import Baseline
 from stability_probe.regression.causes import likely_cause
 from stability_probe.regression.compare import ALPHA, MARGIN, Comparison, Flip, compare, flips
-from stability_probe.regression.groups import Group, differences
+from stability_probe.regression.groups import Group, differences, runs_of
 from stability_probe.regression.requirements import Outcome
 
 
@@ -93,13 +93,22 @@ def check(
         StabilityProbeError: if a group has no match in the baseline, or its configuration is
             another, or a setting is out of range.
     """
+    refuse_settings(margin, alpha)
+    pairs = _pairs(now, baseline, anyway, source)
+    share = alpha / max(len(pairs), 1)  # of each group, so that alpha is that of the whole check
+    return Check([_check_group(then, group, margin, share) for then, group in pairs])
+
+
+def refuse_settings(margin: float, alpha: float) -> None:
+    """Check the settings of a check.
+
+    Raises:
+        StabilityProbeError: if one is out of range.
+    """
     if not margin >= 0:
         raise StabilityProbeError(f"--margin is a relative rise of at least 0, got {margin}")
     if not 0 < alpha < 0.5:
         raise StabilityProbeError(f"--alpha is the rate of false alarms, in (0, 0.5); got {alpha}")
-    pairs = _pairs(now, baseline, anyway, source)
-    share = alpha / max(len(pairs), 1)  # of each group, so that alpha is that of the whole check
-    return Check([_check_group(then, group, margin, share) for then, group in pairs])
 
 
 def _pairs(
@@ -114,16 +123,16 @@ def _pairs(
         if then is None:
             there = ", ".join(g.name for g in baseline.groups)
             raise StabilityProbeError(
-                f"{source}: is of {there} and has no runs of {group.name}; record runs of the same "
-                "scheme, or add them with --update"
+                f"{source}: is of {there} and has no {runs_of(group.name)}; record runs of the "
+                "same scheme, or add them with --update"
             )
         found = differences(then.about, group.about)
         if found and not anyway:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise StabilityProbeError(
-                f"{source}: is of other runs of {group.name}: {found[0]}, there and here{more}; "
-                "record runs like those, compare all the same with --anyway, or replace the "
-                "baseline with --update"
+                f"{source}: is of another configuration than {runs_of(group.name)}: {found[0]}, "
+                f"there and here{more}; record runs like those, compare all the same with "
+                "--anyway, or replace the baseline with --update"
             )
         pairs.append((then, group))
     return pairs
@@ -132,7 +141,9 @@ def _pairs(
 def _check_group(then: Group, now: Group, margin: float, alpha: float) -> GroupCheck:
     compared = compare(then.tested, now.tested, margin=margin, alpha=alpha)
     if not compared:
-        raise StabilityProbeError(f"runs of {now.name}: have no number in common with the baseline")
+        raise StabilityProbeError(
+            f"{runs_of(now.name)}: have no number in common with the baseline"
+        )
     changed = flips(then.verdicts, now.verdicts)
     cause = likely_cause(then, now, compared)
     return GroupCheck(
@@ -164,6 +175,11 @@ def _notes(
         notes.append(
             f"{one}: it is held against a tolerance band from the {other} spread, which only a "
             "large change leaves; with five each, it is a test"
+        )
+    if {*then.seeds} & {*now.seeds}:
+        notes.append(
+            "seeds of the baseline are among these: where runs are alike seed by seed, alarms are "
+            "rarer than at other seeds"
         )
     signed = [c.name for c in compared if min(*c.baseline, *c.now) < 0]
     if signed:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 ALPHA, MARGIN = 0.05, 0.10
 """Probability of a false alarm among all numbers of a check, and the rise that is no regression."""
@@ -56,6 +56,16 @@ class Comparison:
     p: float
     visible: float
     change: Change
+
+    @property
+    def was(self) -> float:
+        """The mean of the baseline's values: the geometric one, unless some are not positive."""
+        return _mean(self.baseline)
+
+    @property
+    def is_now(self) -> float:
+        """The mean of the values now, likewise."""
+        return _mean(self.now)
 
     @property
     def percent(self) -> str:
@@ -183,6 +193,16 @@ class _Test:
 
     def visible(self, margin: float, alpha: float) -> float:
         return (1 + margin) * _exp(self.error * _quantile(alpha, self.freedom))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Geometric, as ratios are; arithmetic where a value has no logarithm.
+
+    >>> _mean([1.0, 4.0]), _mean([0.0, 4.0])
+    (2.0, 2.0)
+    """
+    array = np.asarray(values, dtype=float)
+    return float(stats.gmean(array) if (array > 0).all() else array.mean())
 
 
 def _exp(exponent: float) -> float:

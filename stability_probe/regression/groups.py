@@ -13,6 +13,8 @@ from stability_probe.verify import Evidence, verify
 
 SEED_OF_NONE = "none"
 """Stands for the seed of a run that does not say one."""
+UNNAMED = "runs"
+"""The name of a group whose runs say no scheme."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,22 @@ def side_by_side(
     """
     shared = [key for key in numbers[0] if all(key in of_run for of_run in numbers)]
     if must and not shared:
-        raise StabilityProbeError(f"runs of {name}: have no records in common to compare")
+        raise StabilityProbeError(f"{runs_of(name)}: have no records in common to compare")
     return {key: [of_run[key] for of_run in numbers] for key in shared}
+
+
+def runs_of(name: str) -> str:
+    """What to call the runs of a group.
+
+    >>> runs_of("cs:0.7"), runs_of("runs")
+    ('runs of cs:0.7', 'the runs')
+    """
+    return "the runs" if name == UNNAMED else f"runs of {name}"
 
 
 def _short(value: Any) -> str:
     if value is None:
-        return "not there"
+        return "not recorded"
     if isinstance(value, list | Mapping):
         return f"{len(value)} entries"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -115,7 +126,7 @@ def _refuse_unfinished(run: Run, failed: bool) -> None:
 
 
 def _name(info: Mapping[str, Any]) -> str:
-    return str(info.get("scheme") or info.get("config", {}).get("scheme") or "runs")
+    return str(info.get("scheme") or info.get("config", {}).get("scheme") or UNNAMED)
 
 
 def _group(name: str, runs: Sequence[Run]) -> Group:
@@ -124,16 +135,11 @@ def _group(name: str, runs: Sequence[Run]) -> Group:
         found = differences(abouts[0], about)
         if found:
             raise StabilityProbeError(
-                f"runs of {name} have to differ by their seed alone: {found[0]} in "
+                f"{runs_of(name)} have to differ by their seed alone: {found[0]} in "
                 f"{first.path.name} and {run.path.name}; give those of one configuration"
             )
     seeds = [_seed(run.info) for run in runs]
-    doubled = sorted({s for s in seeds if seeds.count(s) > 1 and s != SEED_OF_NONE})
-    if doubled:
-        raise StabilityProbeError(
-            f"runs of {name}: several have the seed {doubled[0]}, which are no independent runs; "
-            "give one of each seed"
-        )
+    _refuse_dependent(name, runs, seeds)
     order = sorted(range(len(runs)), key=lambda i: (len(seeds[i]), seeds[i]))
     evidence = [Evidence.of(runs[i]) for i in order]
     measures = _measures(evidence)
@@ -146,6 +152,25 @@ def _group(name: str, runs: Sequence[Run]) -> Group:
         tested=side_by_side(name, [m.tested for m in measures]),
         hints=side_by_side(name, [m.hints for m in measures], must=False),
         verdicts=_verdicts([runs[i] for i in order]),
+    )
+
+
+def _refuse_dependent(name: str, runs: Sequence[Run], seeds: Sequence[str]) -> None:
+    """Check that every run has a seed of its own, so that none is another once more."""
+    doubled = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if doubled is None:
+        return
+    which = " and ".join(
+        run.path.name for run, seed in zip(runs, seeds, strict=True) if seed == doubled
+    )
+    if doubled == SEED_OF_NONE:
+        raise StabilityProbeError(
+            f"{runs_of(name)}: {which} say no seed, so that they may be one run twice; record it "
+            'with them, as in Run(path, {"seed": 0})'
+        )
+    raise StabilityProbeError(
+        f"{runs_of(name)}: {which} have the seed {doubled}, and are no independent runs; give one "
+        "of each seed"
     )
 
 

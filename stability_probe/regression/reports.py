@@ -44,6 +44,9 @@ def _group_lines(group: GroupCheck) -> list[str]:
     lines += [f"- {flip.claim}: was HOLDS, is **VIOLATED**" for flip in fallen]
     if group.cause:
         lines += [f"Likely cause: {group.cause}.", ""]
+    same = [c for c in group.compared if c.change == "same"]
+    if same:
+        lines += [f"Not worse, as far as can be told: {len(same)}; {sensitivity(same)}.", ""]
     if better:
         named = ", ".join(f"{c.name} {c.percent}" for c in better[:MOST_BETTER])
         lines += [f"Better: {named}{' ...' if len(better) > MOST_BETTER else ''}.", ""]
@@ -52,7 +55,7 @@ def _group_lines(group: GroupCheck) -> list[str]:
 
 def _table(compared: Sequence[Comparison]) -> list[str]:
     rows = [
-        f"| `{c.name}` | {c.percent} | {mean(c.baseline):.4g} | {mean(c.now):.4g} | {p_value(c)} |"
+        f"| `{c.name}` | {c.percent} | {c.was:.4g} | {c.is_now:.4g} | {p_value(c)} |"
         for c in compared
     ]
     return ["| worse | change | baseline | now | p |", "|---|---|---|---|---|", *rows, ""]
@@ -64,7 +67,7 @@ def junit(check: Check) -> str:
     for group in check.groups:
         suite = _suite(suites, group.name)
         for c in group.compared:
-            text = f"{c.percent}: {mean(c.baseline):.4g} -> {mean(c.now):.4g}, p = {p_value(c)}"
+            text = f"{c.percent}: {c.was:.4g} -> {c.is_now:.4g}, p = {p_value(c)}"
             broken = f"{text}. {group.cause}" if c.change == "worse" else None
             _case(suite, f"stability.{group.name}", c.name, broken, text)
         for flip in group.flips:
@@ -100,9 +103,17 @@ def _count(suite: ET.Element) -> None:
     suite.set("failures", str(len(suite.findall("testcase/failure"))))
 
 
-def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean, for showing."""
-    return sum(values) / len(values)
+def sensitivity(compared: Sequence[Comparison]) -> str:
+    """What rises would have shown in numbers that are not worse, from the clearest on.
+
+    >>> sensitivity([Comparison("loss", (1.0,), (1.0,), 1.0, 1.0, 1.2, "same")])
+    'a rise of ×1.2 would have shown in loss'
+    """
+    clearest, faintest = (f(compared, key=lambda c: c.visible) for f in (min, max))
+    text = f"a rise of ×{clearest.visible:.3g} would have shown in {clearest.name}"
+    if faintest is clearest:
+        return text
+    return f"{text}, one of ×{faintest.visible:.3g} in {faintest.name}, the others between"
 
 
 def p_value(compared: Comparison) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.regression.groups import Group
+from stability_probe.regression.groups import Group, runs_of
 from stability_probe.verify import Status
 
 OPERATORS = {
@@ -67,6 +67,8 @@ def parse_requirement(text: str) -> Requirement:
     name = _NAME.match(text, place)
     if name is None:
         raise _error(text, place, "a name such as loss or energy.h_0")
+    if name.group().startswith(("theorem", "lemma")) and name.group() not in THEOREMS:
+        raise _error(text, place, f"one of {', '.join(THEOREMS)} (the lemma is theorem_3_2)")
     place = _after_space(text, name.end())
     sign = next((o for o in OPERATORS if text.startswith(o, place)), None)
     if sign is None:
@@ -135,10 +137,11 @@ def _shown(value: float | str) -> str:
 def _unknown(requirement: Requirement, group: Group) -> StabilityProbeError:
     known = [*group.tested, *THEOREMS]
     near = difflib.get_close_matches(requirement.name, known, n=3) or known[:3]
+    paths = "; paths are recorded with `train --paths`" if "path" in requirement.name else ""
     return _error(
         requirement.text,
         requirement.text.index(requirement.name),
-        f"a name that all runs of {group.name} have, such as {', '.join(near)}",
+        f"a name that all of {runs_of(group.name)} have, such as {', '.join(near)}{paths},",
     )
 
 

@@ -51,15 +51,28 @@ def test_many_skips_that_pass_more_are_not_all_listed():
 @pytest.mark.parametrize(
     ("risen", "text"),
     [
-        (("energy__h_0", "energy__h_1"), "from h_1 to h_0, with .* look at decoder block b_2"),
-        (("energy__h_0",), "at h_0, with .* look at decoder block b_1"),
-        (("energy__h_3", "energy__h_0"), "from h_3 to h_0, .* look at the middle, or the encoder"),
+        (
+            ("energy__h_0", "energy__h_1"),
+            "from h_1 to h_0, with .* look at decoder block b_2, and at the learning rate",
+        ),
+        (("energy__h_0",), "at h_0, with .* look at decoder block b_1, and at the learning rate"),
+        (
+            ("energy__h_3", "energy__h_0"),
+            "from h_3 to h_0, .* look at the middle or the encoder, and at the learning rate",
+        ),
     ],
 )
 def test_features_that_have_grown_name_the_innermost_block(risen, text):
     found = cause(group(**PLAIN), group(**PLAIN | dict.fromkeys(risen, 4.0)))
 
     assert re.fullmatch(f"features are larger {text}", found)
+
+
+def test_features_that_have_shrunk_are_not_as_they_were():
+    """As without a normalisation: what is worse is the loss, and the network is another."""
+    smaller = {"energy__h_0": 0.1, "energy__h_2": 0.1, "loss": 9.0}
+    found = cause(group(**PLAIN), group(**PLAIN | smaller))
+    assert found.startswith("features are smaller at h_0, h_2, so that the network itself is ano")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ def test_signed_losses_are_said_not_to_be_compared(tmp_path, baseline):
 class TestOtherConfigurations:
     def test_are_refused_with_a_remedy(self, tmp_path, baseline):
         other = now(tmp_path, config={"batch_size": 4})
-        match = "b.json: is of other runs of cs:0.7: config.batch_size is not there and 4, there a"
+        match = (
+            "b.json: is of another configuration than runs of cs:0.7: config.batch_size is not r"
+        )
         with pytest.raises(StabilityProbeError, match=match) as error:
             check(other, baseline, source="b.json")
         assert "--anyway" in str(error.value) and "--update" in str(error.value)
@@ -134,7 +136,7 @@ class TestOtherConfigurations:
     def test_are_compared_all_the_same_if_asked_and_told(self, tmp_path, baseline):
         found = check(now(tmp_path, config={"batch_size": 4}), baseline, anyway=True)
         assert found.groups[0].notes == [
-            "not as in the baseline: config.batch_size is not there and 4, there and here"
+            "not as in the baseline: config.batch_size is not recorded and 4, there and here"
         ]
 
     def test_another_scheme(self, tmp_path, baseline):
@@ -147,7 +149,7 @@ class TestOtherConfigurations:
         (group,) = now(tmp_path)
         group.context["device"] = "cuda"
         (note,) = check([group], baseline).groups[0].notes
-        assert note == "not as in the baseline: device is not there and cuda, there and here"
+        assert note == "not as in the baseline: device is not recorded and cuda, there and here"
 
 
 def test_what_only_one_side_has_is_told(tmp_path, baseline):

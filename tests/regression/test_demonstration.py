@@ -139,4 +139,4 @@ def test_a_harmful_change_fails_and_its_level_is_named(repository):
     assert "gain.skip_3" in worse
     assert not {"gain.skip_1", "gain.skip_2", "energy.h_3"} & set(worse)
     (cause,) = [line for line in lines if line.startswith("likely cause")]
-    assert "skip 3: 2.8 (was 0.7)" in cause
+    assert "skip 3 (down.2 -> up.0): 2.8 (was 0.7)" in cause

@@ -50,8 +50,11 @@ def test_runs_without_a_scheme_or_a_seed(tmp_path):
     evidence = complete()
     for name in ("scheme", "seed"):
         del evidence.info[name]
-    (group,) = group_runs([stored(evidence, tmp_path / n) for n in "ab"])
-    assert (group.name, group.seeds) == ("runs", ["none", "none"])
+    a, b = (stored(evidence, tmp_path / n) for n in "ab")
+    (group,) = group_runs([a])
+    assert (group.name, group.seeds) == ("runs", ["none"])
+    with pytest.raises(StabilityProbeError, match="the runs: a and b say no seed, so that they m"):
+        group_runs([a, b])
 
 
 class TestRefused:
@@ -67,7 +70,7 @@ class TestRefused:
 
     def test_a_seed_twice(self, tmp_path):
         runs = seeded(tmp_path / "a", [0]) + seeded(tmp_path / "b", [0])
-        with pytest.raises(StabilityProbeError, match="several have the seed 0, which are no in"):
+        with pytest.raises(StabilityProbeError, match="0 and 0 have the seed 0, and are no in"):
             group_runs(runs)
 
     @pytest.mark.parametrize("state", ["running", "failed"])
@@ -99,7 +102,7 @@ def test_a_run_that_diverged_is_let_in_unless_it_may_not(tmp_path):
     ("one", "other", "found"),
     [
         ({"a": 1}, {"a": 1}, []),
-        ({"a": 1}, {}, ["a is 1 and not there"]),
+        ({"a": 1}, {}, ["a is 1 and not recorded"]),
         ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, ["a.b 2 is 2 and 3"]),
         ({"k": [1.0]}, {"k": [1.0, 0.5]}, ["k is 1 entries and 2 entries"]),
         ({"b": 0.1, "a": "x"}, {"b": 0.25, "a": "y"}, ["a is x and y", "b is 0.1 and 0.25"]),

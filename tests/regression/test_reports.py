@@ -9,7 +9,7 @@ from stability_probe.regression.compare import Comparison, Flip
 from stability_probe.regression.reports import junit, markdown
 from stability_probe.regression.requirements import Outcome
 
-WORSE = Comparison("energy.h_0", (1.0, 3.0), (4.0, 8.0), 3.0, 1e-9, 1.4, "worse")
+WORSE = Comparison("energy.h_0", (1.0, 4.0), (4.0, 9.0), 3.0, 1e-9, 1.4, "worse")
 BETTER = Comparison("loss", (2.0,), (1.0,), 0.5, 1.0, 1.4, "better")
 SAME = Comparison("path.mid", (2.0,), (2.0,), 1.0, 0.7, 1.4, "same")
 FLIP = Flip("3.4: bound <holds>", ("HOLDS",) * 5, ("VIOLATED",) * 5, "worse")
@@ -35,6 +35,7 @@ def test_markdown_says_what_where_how_much_and_why():
     assert "Likely cause: skips pass more." in text
     assert "Better: loss -50 %." in text
     assert "- one seed" in text
+    assert "Not worse, as far as can be told: 1; a rise of ×1.4 would have shown in pa" in text
     assert "| `loss<1` | **no** | loss: 2 |" in text and "| `loss<3` | yes | loss: 2 |" in text
 
 

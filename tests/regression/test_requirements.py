@@ -75,17 +75,24 @@ def test_errors_point_at_the_character(text, place, expected):
 
 @pytest.mark.parametrize(
     ("text", "near"),
-    [("losss<3", "loss"), ("energy.h_9<3", "energy.h_"), ("theorem_4_1<3", "theorem_3_1")],
+    [("losss<3", "loss"), ("energy.h_9<3", "energy.h_"), ("path.mid<3", "train --paths")],
 )
 def test_a_name_that_nothing_has_is_refused_with_those_near_it(text, near):
     with pytest.raises(
-        StabilityProbeError, match=f"character 1: a name that all runs of cs .*{near}"
+        StabilityProbeError, match=f"character 1: a name that all of runs of cs .*{near}"
     ):
         hold(parse_requirement(text), [GROUP])
 
 
+@pytest.mark.parametrize("name", ["theorem_3_9", "theorem", "lemma_3_2"])
+def test_a_theorem_that_there_is_not_is_pointed_at(name):
+    match = r"character 1: one of theorem_3_1, .*lemma is theorem_3_2"
+    with pytest.raises(StabilityProbeError, match=match):
+        parse_requirement(f"{name}=HOLDS")
+
+
 def test_a_theorem_that_nothing_was_said_about_is_refused():
-    with pytest.raises(StabilityProbeError, match="a name that all runs of cs have"):
+    with pytest.raises(StabilityProbeError, match="a name that all of runs of cs have"):
         hold(parse_requirement("theorem_3_1=HOLDS"), [GROUP])
 
 
@@ -113,5 +120,5 @@ def test_any_text_is_read_or_refused_in_one_line(text):
 
 def test_a_group_without_the_number_is_not_passed_over():
     bare = Group("bare", {}, {}, "", ["0"], {"energy.h_0": [1.0]})
-    with pytest.raises(StabilityProbeError, match="a name that all runs of bare have"):
+    with pytest.raises(StabilityProbeError, match="a name that all of runs of bare have"):
         hold(parse_requirement("loss<1"), [GROUP, bare])
