@@ -80,7 +80,7 @@ def settings_of(run: Evidence) -> dict[str, str]:
     info = run.info
     about: dict[str, Any] = {name: info[name] for name in KNOWN if name in info}
     if run.n_skips:
-        about |= {"long skips N": run.n_skips, "κ": kappa_text(run)}
+        about["long skips N"], about["κ"] = run.n_skips, kappa_text(run)
     if isinstance(info.get("parameters"), int):
         about["parameters"] = f"{info['parameters']:,}"
     config = flat({k: v for k, v in _mapping(info.get("config")).items() if k not in about})
