@@ -1,8 +1,6 @@
-"""Runs of every kind, and the report of them."""
+"""Runs of every kind, on disk, for a report."""
 
 from pathlib import Path
-
-import pytest
 
 from stability_probe import Run
 from stability_probe.runs import EnsembleConfig, TrainConfig
@@ -40,15 +38,3 @@ def own_loop(folder: Path) -> Run:
     run.begin({"skips": []})
     run.append(training().frame.iloc[:0])
     return run
-
-
-@pytest.fixture(scope="session")
-def report_file(tmp_path_factory) -> Path:
-    """The report of runs of every kind, with small figures."""
-    from stability_probe.report import pictures, write_report
-
-    folder = tmp_path_factory.mktemp("report")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "DPI", 50)
-        write_report(every_kind(folder / "runs"), folder / "report.html")
-    return folder / "report.html"
