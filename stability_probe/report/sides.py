@@ -84,9 +84,12 @@ def settings_of(run: Evidence) -> dict[str, str]:
     if isinstance(info.get("parameters"), int):
         about["parameters"] = f"{info['parameters']:,}"
     config = flat({k: v for k, v in _mapping(info.get("config")).items() if k not in about})
-    rest = {name: info[name] for name in ("noise_levels", "device", "dtype") if name in info}
+    rest: dict[str, Any] = {
+        name: info[name] for name in ("noise_levels", "device", "dtype") if name in info
+    }
     probing = flat(_mapping(info.get("probing") or info.get("probe_settings")), "probing.")
-    return {name: shown(v) for name, v in {**about, **config, **rest, **probing}.items()}
+    about |= config | rest | probing
+    return {name: shown(value) for name, value in about.items()}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
