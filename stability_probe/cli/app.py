@@ -44,6 +44,7 @@ def demo(
     print_verdicts(run_demo(out, steps, seeds, overwrite))
     print_costs(open_runs([out / "runs"]))
     print(f"\nfigures: {out / 'figures'}\nverdicts: {out / 'verdicts.json'}\nruns: {out / 'runs'}")
+    print(f"report: {out / 'report.html'}")
 
 
 @app.command()
@@ -172,6 +173,23 @@ def plot(
         raise StabilityProbeError("plot: several folders were given; say where to draw with --out")
     for file in save_figures(open_runs(runs), out or runs[0] / "figures"):
         print(file)
+
+
+@app.command()
+def report(
+    runs: Runs,
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Write one HTML file of verdicts, figures, runs side by side and how to make them again.
+
+    It needs nothing else: it can be sent to others and opened without a network.
+    """
+    from stability_probe.cli.report import run_report
+
+    run_report(runs, out)
+    print(f"report: {out}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The demo: five scalings of a U-ViT's skips on digits, from training to verdicts and figures."""
+"""The demo: five scalings of a U-ViT's skips on digits, from training to verdicts and report."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from stability_probe.cli.console import progress
 from stability_probe.cli.figures import save_figures
 from stability_probe.errors import StabilityProbeError, TrainingDiverged
+from stability_probe.report import write_report
 from stability_probe.runs import (
     EnsembleConfig,
     RecordConfig,
@@ -19,7 +20,7 @@ from stability_probe.verify import Verdict, verify
 
 SCHEMES = ("unscaled", "inverse-sqrt2", "cs:0.7", "ls", "uniform:0")
 """What the demo compares; `uniform:0` removes every skip."""
-PARTS = ("runs", "ensemble", "figures", "verdicts.json")
+PARTS = ("runs", "ensemble", "figures", "verdicts.json", "report.html")
 """What a demo leaves in its folder."""
 
 
@@ -53,11 +54,13 @@ def run_demo(out: Path, steps: int, seeds: int, overwrite: bool) -> list[Verdict
                 display.console.print(f"{path}: {problem}")
             runs.append(Run.open(path))
         display.update(task, description="training")
-        task = display.add_task("verdicts and figures", total=2)
+        task = display.add_task("verdicts, figures, report", total=3)
         verdicts = verify(runs)
         write_json(out / "verdicts.json", [v.as_dict() for v in verdicts])
         display.advance(task)
         save_figures(runs, out / "figures")
+        display.advance(task)
+        write_report(runs, out / "report.html", verdicts)
         display.advance(task)
     return verdicts
 

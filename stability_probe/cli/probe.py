@@ -72,7 +72,7 @@ def run_probe(what: SubjectOptions, how: PointOptions, out: Path) -> Probed:
     Raises:
         StabilityProbeError: if one of these cannot be done.
     """
-    run = Run(out, {"checkpoint": str(what.checkpoint.resolve())})
+    run = Run(out, _asked(what, how))
     run.refuse_if_taken()
     found = prepare(what, how)
     _measure(found, run, what)
@@ -84,12 +84,17 @@ def run_probe(what: SubjectOptions, how: PointOptions, out: Path) -> Probed:
     return Probed(found.subject, run, verdicts, table, figures, found.notes, bound)
 
 
+def _asked(what: SubjectOptions, how: PointOptions) -> dict[str, Any]:
+    """What the user said, as JSON has it."""
+    asked = {**vars(what), **vars(how), "checkpoint": what.checkpoint.resolve()}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in asked.items()}
+
+
 def _measure(found: Prepared, run: Run, what: SubjectOptions) -> None:
     subject, scheme = found.subject, found.scheme
     info = {
         "scheme": scheme.name if scheme else "as found",
         "checkpoint": subject.checkpoint.description,
-        "config": {"options": {k: str(v) for k, v in vars(what).items()}},
         "notes": found.notes,
     }
     config = ProbingConfig(SensitivityConfig(paths=True), what.seed)

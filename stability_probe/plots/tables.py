@@ -175,9 +175,10 @@ def law(runs: Sequence[Evidence]) -> pd.DataFrame:
 
 def noise_level_names(run: Evidence) -> list[str]:
     """What a figure calls the noise levels of a checkpoint, one a step."""
-    steps = len(run.sampled_steps)
     levels = run.info.get("noise_levels")
-    return [f"t = {t:g}" for t in levels] if levels else ["no noise level"] * steps
+    return [
+        f"t = {levels[step - 1]:g}" if levels else "no noise level" for step in run.sampled_steps
+    ]
 
 
 def by_noise_level(run: Evidence) -> list[Evidence]:

@@ -1,14 +1,14 @@
 """Runs that differ by their seed alone, as one group, with their numbers side by side."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.regression.measures import Measures, measures_of
-from stability_probe.runs import Run, TrainConfig
+from stability_probe.runs import Run
+from stability_probe.runs.commands import train_command
 from stability_probe.verify import Evidence, verify
 
 SEED_OF_NONE = "none"
@@ -217,18 +217,8 @@ def _context(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(info: Mapping[str, Any]) -> str:
     """What makes one of the runs again, as far as `run.json` tells."""
-    config = info.get("config", {})
-    if info.get("kind") == "training" and {f.name for f in fields(TrainConfig)} <= {*config}:
-        defaults = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
-        asked = {"scheme": config["scheme"]} | {
-            name: value
-            for name, value in config.items()
-            if name in TRAIN_OPTIONS and value != defaults.get(name)
-        }
-        options = [f"--{name.replace('_', '-')}" for name in asked]
-        words = [w for pair in zip(options, map(str, asked.values()), strict=True) for w in pair]
-        return shlex.join(["stability-probe", "train", *words, "--seed", "SEED", "--out", "RUN"])
-    return "the program that recorded the runs, with other seeds"
+    known = info.get("kind") == "training" and train_command(info, "SEED", "RUN")
+    return known or "the program that recorded the runs, with other seeds"
 
 
 SCHEDULE = (
@@ -236,11 +226,6 @@ SCHEDULE = (
     "sensitivity", "probe_samples", "sensitive_samples", "probe",
 )  # fmt: skip
 """Settings of a probe on which its numbers depend."""
-TRAIN_OPTIONS = (
-    "scheme", "steps", "data", "model", "n_skips", "width", "batch_size", "learning_rate",
-    "patch_size", "precision",
-)  # fmt: skip
-"""Settings of a training that `stability-probe train` takes as options."""
 
 
 def _verdicts(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -49,7 +49,7 @@ def test_the_table_has_all_theorems_and_every_scheme(finished):
         assert claim in result.out
     for scheme in demo.SCHEMES:
         assert sum(line.startswith(f"{scheme} ") for line in result.out.splitlines()) == 6
-    for part in ("figures", "verdicts.json", "runs"):
+    for part in ("figures", "verdicts.json", "runs", "report.html"):
         assert str(folder / part) in result.out
 
 
@@ -92,14 +92,18 @@ def test_any_part_of_an_earlier_demo_is_enough_to_refuse(refused, tmp_path, part
 
 @pytest.fixture
 def brief(small, monkeypatch):
-    """One scheme, and one figure that takes no time."""
+    """One scheme, and a figure and a report that take no time."""
 
     def save_figures(runs, folder):
         folder.mkdir()
         (folder / "all.png").write_text(", ".join(run.name for run in runs))
 
+    def write_report(runs, file, verdicts):
+        file.write_text(f"{len(verdicts)} verdicts on {len(runs)} runs")
+
     monkeypatch.setattr(demo, "SCHEMES", ("cs:0.7",))
     monkeypatch.setattr(demo, "save_figures", save_figures)
+    monkeypatch.setattr(demo, "write_report", write_report)
 
 
 def test_overwrite_deletes_its_own_parts_alone(cli, brief, tmp_path):
@@ -115,7 +119,8 @@ def test_overwrite_deletes_its_own_parts_alone(cli, brief, tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "keep"
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["cs-0.7-seed0"]
     assert (tmp_path / "figures" / "all.png").read_text() == "cs-0.7, cs-0.7-seed0"
-    assert json.loads((tmp_path / "verdicts.json").read_text())
+    verdicts = json.loads((tmp_path / "verdicts.json").read_text())
+    assert (tmp_path / "report.html").read_text() == f"{len(verdicts)} verdicts on 2 runs"
     assert {path.name for path in tmp_path.iterdir()} == {*demo.PARTS, "mine", "notes.txt"}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ from stability_probe.cli.options import SubjectOptions
 from stability_probe.cli.points import PointOptions, points_of
 from stability_probe.cli.probe import mean_over_levels
 from stability_probe.cli.subject import open_subject
+from stability_probe.runs.commands import command_of
 from tests.checkpoints.mutations import damaged, damages
 from tests.checkpoints.saved_files import (
     FACTORY,
@@ -127,15 +129,16 @@ class TestProbe:
     def test_noise_levels_target_and_seed(self, cli, saved, tmp_path):
         options = ("--batch", 2, "--sensitive", 1, "--noise-levels", "10,900", "--target",
                    "epsilon", "--seed", 4)  # fmt: skip
-        runs = []
-        for name in ("a", "b"):
-            out = tmp_path / name
-            result = cli("probe", saved["diffusers"][0], *options, "-o", out, "--json")
-            rows = json.loads(result.out)["sensitivity"]["by_noise_level"]
-            assert [row["noise_level"] for row in rows] == [10.0, 900.0]
-            runs.append(Run.open(out).records())
-        assert runs[0].equals(runs[1])
-        assert {"sample_loss", "sample_grad_energy"} <= set(runs[0].metric)
+        result = cli("probe", saved["diffusers"][0], *options, "-o", tmp_path / "a", "--json")
+        rows = json.loads(result.out)["sensitivity"]["by_noise_level"]
+        assert [row["noise_level"] for row in rows] == [10.0, 900.0]
+        run = Run.open(tmp_path / "a")
+        records = run.records()
+        assert {"sample_loss", "sample_grad_energy"} <= set(records.metric)
+        # and the command that the run says it was made by makes it again
+        assert cli(*shlex.split(command_of(run.info, str(tmp_path / "b")))[1:]).code == 0
+        again = Run.open(tmp_path / "b")
+        assert again.records().equals(records) and again.info["config"] == run.info["config"]
 
     def test_one_sample(self, cli, saved, tmp_path):
         options = ("--batch", 1, "--sensitive", 1, "--noise-levels", "500", "--target", "sample")

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 
 from stability_probe.plots import tables
+from stability_probe.verify import Evidence
 from stability_probe.verify.feature_band import fit_bands
 from stability_probe.verify.gradients import Gradients
 from tests.oracles.evidence import (
@@ -11,6 +12,7 @@ from tests.oracles.evidence import (
     band,
     bare,
     chain,
+    checkpoint,
     complete,
     ensemble,
     gains,
@@ -178,3 +180,11 @@ class TestLaw:
         table = tables.law([ensemble(noise=0)])
         pd.testing.assert_series_equal(table.measured, table.predicted, check_names=False)
         assert table.measured.is_monotonic_decreasing and list(table.level) == [0, 1, 2, 3]
+
+
+def test_noise_levels_of_a_probe_that_was_killed():
+    run = checkpoint(noise_levels=(50.0, 500.0, 950.0))
+    begun = Evidence(run.name, run.frame[run.frame.step <= 2], run.info)
+    assert tables.noise_level_names(begun) == ["t = 50", "t = 500"]
+    assert [part.info["scheme"] for part in tables.by_noise_level(begun)] == ["t = 50", "t = 500"]
+    assert set(tables.hierarchy(begun).noise_level) == {"t = 50", "t = 500"}
