@@ -9,29 +9,35 @@ from stability_probe.runs.recording import (
     record_training,
 )
 from stability_probe.runs.run import Run, open_runs
+from stability_probe.runs.suggesting import Budget, Suggestion, suggest_kappa
 from stability_probe.runs.training import (
     MODELS,
     TrainConfig,
     TrainStep,
     build_model,
+    probe_batch,
     train,
 )
 
 __all__ = [
     "DATASETS",
     "MODELS",
+    "Budget",
     "EnsembleConfig",
     "ProbedPoint",
     "ProbingConfig",
     "RecordConfig",
     "Run",
+    "Suggestion",
     "TrainConfig",
     "TrainStep",
     "build_model",
     "load_images",
     "open_runs",
+    "probe_batch",
     "record_checkpoint",
     "record_ensemble",
     "record_training",
+    "suggest_kappa",
     "train",
 ]
