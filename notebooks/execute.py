@@ -18,7 +18,7 @@ def execute(path: Path) -> None:
     """Run a notebook from top to bottom and store it with what it printed and drew."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", record_timing=False,
+        notebook, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
         resources={"metadata": {"path": str(path.parent)}},
     )  # fmt: skip
     client.execute()

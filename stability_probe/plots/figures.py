@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 PALETTE: list[Any] = list(sns.color_palette("colorblind"))
 MEASURED, BOUND = PALETTE[0], PALETTE[3]
@@ -87,6 +87,7 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
                     label="order of Theorem 3.1: ∝ ‖x$_t$‖²Σκ²")  # fmt: skip
         if len(positive) == len(table):
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         else:
             ax.set_xscale("symlog", linthresh=smallest / 2)
             largest = float(positive.max()) if len(positive) else 10.0
@@ -131,6 +132,7 @@ def plot_gradients(table: pd.DataFrame, when: str = "at the end of training") ->
                 ax.set_title(scheme)
             else:
                 ax.set_xlabel("level i (1 = outermost)")
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if c == 0:
                 ax.set_ylabel(f"{label}\nmax ‖∇W ℓ$_s$‖²")
     legend(figure, axes[0, 0])
