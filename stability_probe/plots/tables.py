@@ -246,7 +246,7 @@ def tradeoff(runs: Sequence[Evidence]) -> pd.DataFrame:
             }
         )
     table = pd.DataFrame(rows, columns=["scheme", "run", "loss", "range"])
-    return table[np.isfinite(table[["loss", "range"]]).all(axis=1)].reset_index(drop=True)
+    return table.loc[np.isfinite(table.loss * table["range"])].reset_index(drop=True)
 
 
 def noise_level_names(run: Evidence) -> list[str]:
