@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # A process a core; a file's tests stay together, so that what they share is made once.
 WORKERS ?= -n auto --dist loadfile
 
-.PHONY: demo test test-all lint bench bench-overhead bench-memory bench-growth clean
+.PHONY: demo test test-all lint notebooks bench bench-overhead bench-memory bench-growth clean
 
 demo: .venv/installed
 	$(BIN)/stability-probe demo --out $(OUT) --overwrite
@@ -24,6 +24,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# In place, with what they print and draw; commit the result.
+notebooks: .venv/installed
+	$(BIN)/python notebooks/execute.py
 
 bench: .venv/installed
 	$(MAKE) bench-overhead

@@ -21,6 +21,12 @@ from stability_probe.plots.figures import (
     plot_oscillation,
     plot_sensitivity,
 )
+from stability_probe.plots.points import (
+    plot_gradient_law,
+    plot_gradient_order,
+    plot_law_band,
+    plot_tradeoff,
+)
 from stability_probe.verify import Evidence
 from stability_probe.verify.oscillation import oscillation_table
 
@@ -32,13 +38,17 @@ __all__ = [
     "plot_counterfactual",
     "plot_energies",
     "plot_feature_traces",
+    "plot_gradient_law",
+    "plot_gradient_order",
     "plot_gradients",
     "plot_hierarchy",
     "plot_law",
+    "plot_law_band",
     "plot_losses",
     "plot_oscillation",
     "plot_paths",
     "plot_sensitivity",
+    "plot_tradeoff",
     "tables",
 ]
 

@@ -11,6 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 PALETTE: list[Any] = list(sns.color_palette("colorblind"))
 MEASURED, BOUND = PALETTE[0], PALETTE[3]
@@ -70,7 +71,7 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
     positive = table.skip_energy[table.skip_energy > 0]
     smallest = float(positive.min()) if len(positive) else 1.0
     table = table[np.isfinite(table["range"]) & (table["range"] > 0)]
-    colours = _scheme_colours(table)
+    colours = scheme_colours(table)
     for c, level in enumerate(levels):
         ax: Axes = axes[0, c]
         mine = table[table.level == level]
@@ -84,9 +85,14 @@ def plot_oscillation(table: pd.DataFrame) -> Figure:
             ends = np.array([scaled.skip_energy.min() / 2, scaled.skip_energy.max() * 2])
             ax.plot(ends, constant * ends, color=BOUND, lw=1.2,
                     label="order of Theorem 3.1: ∝ ‖x$_t$‖²Σκ²")  # fmt: skip
-        ax.set_xscale("symlog", linthresh=smallest / 2)
-        ax.set_xticks([0, *_decades(smallest, float(positive.max()) if len(positive) else 10.0)])
-        ax.set_xlim(left=-smallest / 8)
+        if len(positive) == len(table):
+            ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            ax.set_xscale("symlog", linthresh=smallest / 2)
+            largest = float(positive.max()) if len(positive) else 10.0
+            ax.set_xticks([0, *_decades(smallest, largest)])
+            ax.set_xlim(left=-smallest / 8)
         ax.set_yscale("log")
         ax.set_title(_where(level, levels))
         ax.set_xlabel("‖x$_t$‖² Σ$_{j≥i}$ κ$_j$²")
@@ -126,6 +132,7 @@ def plot_gradients(table: pd.DataFrame, when: str = "at the end of training") ->
                 ax.set_title(scheme)
             else:
                 ax.set_xlabel("level i (1 = outermost)")
+                ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if c == 0:
                 ax.set_ylabel(f"{label}\nmax ‖∇W ℓ$_s$‖²")
     legend(figure, axes[0, 0])
@@ -182,12 +189,13 @@ def plot_coefficients(table: pd.DataFrame) -> Figure:
     learned = table[table.learned]
     figure, axes = grid(1, 2 if len(learned) else 1, size=(5.0, 3.8))
     ax: Axes = axes[0, 0]
-    for scheme, colour in _scheme_colours(table).items():
+    for scheme, colour in scheme_colours(table).items():
         mine = table[table.scheme == scheme]
         last = mine[mine.step == mine.step.max()].groupby("level")[["mean", "min", "max"]].mean()
         ax.plot(last.index, last["mean"], "o-", color=colour, label=scheme, ms=4)
         ax.fill_between(last.index, last["min"], last["max"], color=colour, alpha=0.2, lw=0)
     ax.set(xlabel="level i (1 = outermost)", ylabel="κ$_i$ (measured gain)", ylim=(-0.05, 1.1))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title("at the end of training")
     ax.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.92))
     if len(learned):
@@ -213,7 +221,7 @@ def plot_losses(table: pd.DataFrame) -> Figure:
     """
     figure, axes = grid(1, 1, size=(6.0, 4.0))
     ax: Axes = axes[0, 0]
-    for scheme, colour in _scheme_colours(table).items():
+    for scheme, colour in scheme_colours(table).items():
         for k, (_, run) in enumerate(table[table.scheme == scheme].groupby("run")):
             smooth = run.set_index("step").loss.ewm(span=max(2, len(run) // 20)).mean()
             ax.plot(run.step, run.loss, color=colour, alpha=0.15, lw=0.7)
@@ -235,7 +243,7 @@ def plot_law(table: pd.DataFrame) -> Figure:
     ax: Axes = axes[0, 0]
     ends = np.array([table.predicted.min() * 0.9, table.predicted.max() * 1.1])
     ax.plot(ends, ends, color=BOUND, lw=1, label="explicit law of Theorem 3.1")
-    for scheme, colour in _scheme_colours(table).items():
+    for scheme, colour in scheme_colours(table).items():
         mine = table[table.scheme == scheme]
         ax.errorbar(mine.predicted, mine.measured, yerr=1.96 * mine.error, fmt="o", ms=4,
                     color=colour, capsize=2, label=scheme)  # fmt: skip
@@ -245,7 +253,7 @@ def plot_law(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _scheme_colours(table: pd.DataFrame) -> dict[str, Any]:
+def scheme_colours(table: pd.DataFrame) -> dict[str, Any]:
     """A colour for every scheme, in the order of the table."""
     names = list(table.scheme.unique())
     colours = SCHEMES if len(names) <= len(SCHEMES) else sns.color_palette("husl", len(names))

@@ -11,7 +11,9 @@ from stability_probe.verify import Evidence
 from stability_probe.verify.counterfactual import Counterfactual
 from stability_probe.verify.feature_band import fit_bands
 from stability_probe.verify.feature_law import law_table
+from stability_probe.verify.gradient_law import allowed_ratio, gradient_law_table
 from stability_probe.verify.gradients import Gradients
+from stability_probe.verify.oscillation import TRANSIENT, oscillation_table
 from stability_probe.verify.robustness import robustness_chain, sensitivity_table
 
 _LABELS = {
@@ -171,6 +173,80 @@ def law(runs: Sequence[Evidence]) -> pd.DataFrame:
             )
         )
     return pd.concat(frames, ignore_index=True)
+
+
+def law_spread(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """Every random network's ‖h_i‖²/‖x_t‖² beside the law: scheme, level, network, energy, law."""
+    frames = []
+    for run in runs:
+        predicted, measured = law_table(run)
+        network, level = np.indices(measured.shape)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "scheme": scheme_label(run),
+                    "level": level.ravel(),
+                    "network": network.ravel(),
+                    "energy": measured.ravel(),
+                    "law": np.broadcast_to(predicted, measured.shape).ravel(),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def gradient_law(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """Predicted and measured gradient energies of random networks, means over networks.
+
+    Returns:
+        scheme, block (`a` or `b`), level, predicted, measured and its standard error, and
+        `allowed`, the factor above the prediction that the law's own error may reach.
+    """
+    frames = []
+    for run in runs:
+        predicted, measured = gradient_law_table(run)
+        levels = len(predicted) // 2
+        error = measured.std(axis=1, ddof=1) / np.sqrt(measured.shape[1])
+        frames.append(
+            pd.DataFrame(
+                {
+                    "scheme": scheme_label(run),
+                    "block": np.repeat(["a", "b"], levels),
+                    "level": np.tile(np.arange(1, levels + 1), 2),
+                    "predicted": predicted.mean(axis=1),
+                    "measured": measured.mean(axis=1),
+                    "error": error,
+                    "allowed": allowed_ratio(run)[1],
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def tradeoff(runs: Sequence[Evidence]) -> pd.DataFrame:
+    """What a training run cost and how restless it was: scheme, run, loss, range.
+
+    The loss is the mean over the last quarter of the steps; the range is that of the batch-mean
+    ‖h_0‖² after the transient (`verify.oscillation`), relative to its mean over the same steps.
+    Runs that diverged are left out.
+    """
+    ranges = oscillation_table(runs)
+    rows = []
+    for unit, run in enumerate(runs):
+        mine = ranges[(ranges.unit == unit) & (ranges.level == 0)]
+        energy, loss = run.series("energy", "h")[0], run.series("loss", "loss")[0]
+        settled = energy[energy.index > TRANSIENT * energy.index.max()]
+        mean = float(settled.mean()) or np.nan
+        rows.append(
+            {
+                "scheme": scheme_label(run),
+                "run": run.name,
+                "loss": float(loss[loss.index > 0.75 * loss.index.max()].mean()),
+                "range": float(mine["range"].iloc[0]) / mean,
+            }
+        )
+    table = pd.DataFrame(rows, columns=["scheme", "run", "loss", "range"])
+    return table.loc[np.isfinite(table.loss * table["range"])].reset_index(drop=True)
 
 
 def noise_level_names(run: Evidence) -> list[str]:

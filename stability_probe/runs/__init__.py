@@ -10,6 +10,7 @@ from stability_probe.runs.recording import (
     record_training,
 )
 from stability_probe.runs.run import Run, open_runs
+from stability_probe.runs.suggesting import Budget, Suggestion, suggest_kappa
 from stability_probe.runs.sweep import sweep
 from stability_probe.runs.tracking import Trackers, log_to, scalars
 from stability_probe.runs.training import (
@@ -17,18 +18,21 @@ from stability_probe.runs.training import (
     TrainConfig,
     TrainStep,
     build_model,
+    probe_batch,
     train,
 )
 
 __all__ = [
     "DATASETS",
     "MODELS",
+    "Budget",
     "EnsembleConfig",
     "Grid",
     "ProbedPoint",
     "ProbingConfig",
     "RecordConfig",
     "Run",
+    "Suggestion",
     "Trackers",
     "TrainConfig",
     "TrainStep",
@@ -36,10 +40,12 @@ __all__ = [
     "load_images",
     "log_to",
     "open_runs",
+    "probe_batch",
     "record_checkpoint",
     "record_ensemble",
     "record_training",
     "scalars",
+    "suggest_kappa",
     "sweep",
     "train",
 ]

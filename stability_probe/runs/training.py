@@ -172,7 +172,13 @@ def input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]
     }
 
 
-def probe_batch(config: TrainConfig, images: Tensor, size: int, sensitive: int) -> ProbeBatch:
+def probe_batch(
+    config: TrainConfig,
+    images: Tensor,
+    size: int,
+    sensitive: int,
+    noise_level: int | None = None,
+) -> ProbeBatch:
     """A fixed batch of noised images, spread over the images and over the noise levels.
 
     Args:
@@ -180,12 +186,14 @@ def probe_batch(config: TrainConfig, images: Tensor, size: int, sensitive: int) 
         images: the data (n, channels, height, width).
         size: number of samples.
         sensitive: how many of them Jacobian norms are taken on.
+        noise_level: t of all samples; `None` spreads them. The images and their noise are the same.
     """
     generator = torch.Generator().manual_seed(2023)
     x0 = images[torch.randperm(len(images), generator=generator)[:size]]
     noise = torch.randn(x0.shape, generator=generator)
     t = torch.linspace(0, config.noise_levels - 1, len(x0)).long()
     t = t[torch.randperm(len(t), generator=generator)]
+    t = t if noise_level is None else torch.full_like(t, noise_level)
     x = noise_scheduler(config).add_noise(x0, noise, t)
     return ProbeBatch((x, t), target=noise, sensitive=sensitive)
 

@@ -1,7 +1,10 @@
 """What a verdict is."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
+
+import pandas as pd
 
 Status = Literal["HOLDS", "VIOLATED", "ASSUMPTION_UNMET", "INCONCLUSIVE"]
 Theorem = Literal["3.1", "3.2", "3.3", "3.4"]
@@ -77,3 +80,49 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         return {**asdict(self), "slack": self.slack}
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Verdicts as a small table to look at, in a notebook: a row each, numbers with three digits.
+
+    Returns:
+        By theorem: run, claim, status, measured, bound, slack, statistic, estimate, interval and n;
+        "–" where there is no number. The advice is left out.
+
+    >>> from stability_probe.verify import Verdict, verdict_table
+    >>> verdict_table([Verdict("3.4", "cs", "chain", "HOLDS", measured=2.0, bound=8192.0)]).T
+    theorem      3.4
+    run           cs
+    claim      chain
+    status     HOLDS
+    measured       2
+    bound      8,190
+    slack      4,100
+    statistic      –
+    estimate       –
+    interval       –
+    n              0
+    """
+    numbers = ("measured", "bound", "slack")
+    columns = ("run", "claim", "status", *numbers, "statistic", "estimate", "interval", "n")
+    rows = [
+        (
+            v.run, v.claim, v.status, *(_digits(getattr(v, name)) for name in numbers),
+            v.statistic or "–", _digits(v.estimate), _range(v.interval), v.n,
+        )
+        for v in verdicts
+    ]  # fmt: skip
+    index = pd.Index([v.theorem for v in verdicts], name="theorem")
+    return pd.DataFrame(rows, index=index, columns=list(columns))
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else " … ".join(map(_digits, interval))
+
+
+def _digits(value: float | None) -> str:
+    """Three digits of a number, without an exponent up to a million."""
+    if value is None:
+        return "–"
+    short = f"{value:.3g}"
+    return f"{float(short):,.0f}" if 1e3 <= abs(value) < 1e6 else short

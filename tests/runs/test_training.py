@@ -379,6 +379,13 @@ class TestProbeBatch:
         t = probe_batch(config(), self.IMAGES, 96, 8).head(8).args[1]
         assert len(set((t // 250).tolist())) >= 3
 
+    def test_at_one_noise_level_the_images_and_their_noise_stay(self):
+        mixed = probe_batch(config(), self.IMAGES, 8, 2)
+        x, t = probe_batch(config(), self.IMAGES, 8, 2, noise_level=0).args
+        assert t.tolist() == [0] * 8
+        first = int((mixed.args[1] == 0).nonzero())
+        torch.testing.assert_close(x[first], mixed.x[first])
+
     def test_does_not_depend_on_the_seed_and_draws_nothing(self):
         state = torch.get_rng_state()
         batches = [probe_batch(config(seed=s), self.IMAGES, 8, 2) for s in (0, 1)]

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from stability_probe.runs.run import finite
-from stability_probe.verify import Status, Verdict
+from stability_probe.verify import Status, Verdict, verdict_table
 
 PUBLIC = {
     "theorem", "claim", "status", "measured", "bound", "slack", "interval", "n", "advice",
@@ -73,3 +73,24 @@ def test_as_dict_goes_into_json_with_null_for_nan():
     read = json.loads(json.dumps(finite(row), allow_nan=False))
     assert (read["measured"], read["bound"], read["slack"]) == (None, None, None)
     assert read["interval"] == [None, None] and read["estimate"] == 1.0
+
+
+class TestTable:
+    def test_has_a_row_a_verdict_by_theorem(self):
+        table = verdict_table([verdict(theorem="3.1"), verdict(claim="d", n=7)])
+        assert list(table.index) == ["3.1", "3.4"] and table.index.name == "theorem"
+        assert list(table.claim) == ["c", "d"] and list(table.n) == [0, 7]
+
+    def test_of_nothing_has_its_columns(self):
+        assert "status" in verdict_table([]) and len(verdict_table([])) == 0
+
+    @pytest.mark.parametrize(
+        ("number", "text"),
+        [(None, "–"), (0.0, "0"), (1.2345, "1.23"), (999.6, "1,000"), (12345.0, "12,300"),
+         (2.5e7, "2.5e+07"), (-4321.0, "-4,320"), (float("inf"), "inf")],
+    )  # fmt: skip
+    def test_numbers_have_three_digits(self, number, text):
+        assert verdict_table([verdict(measured=number)]).measured.iloc[0] == text
+
+    def test_an_interval_is_one_text(self):
+        assert verdict_table([verdict(interval=(0.25, 1500.0))]).interval.iloc[0] == "0.25 … 1,500"
