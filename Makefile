@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # A process a core; a file's tests stay together, so that what they share is made once.
 WORKERS ?= -n auto --dist loadfile
 
-.PHONY: demo test test-all lint notebooks bench bench-overhead bench-memory bench-growth clean
+.PHONY: demo test test-all lint notebooks experiments bench bench-overhead bench-memory bench-growth clean
 
 demo: .venv/installed
 	$(BIN)/stability-probe demo --out $(OUT) --overwrite
@@ -28,6 +28,14 @@ lint: .venv/installed
 # In place, with what they print and draw; commit the result.
 notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py
+
+# Everything that is committed below experiments/, made from nothing; what has changed is listed.
+experiments: .venv/installed
+	$(BIN)/python -m experiments $(CLAIMS)
+	rm -rf experiments-out/concentration
+	$(BIN)/python experiments/concentration/run.py --out experiments-out/concentration
+	cp experiments-out/concentration/concentration.png docs/figures/
+	git --no-pager diff --stat -- experiments README.md docs/figures
 
 bench: .venv/installed
 	$(MAKE) bench-overhead
@@ -64,4 +72,4 @@ bench-growth: .venv-peers/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers bench-out $(OUT) build *.egg-info
+	rm -rf .venv .venv-peers bench-out experiments-out $(OUT) build *.egg-info

@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from experiments.findings import Finding, Question, Shares, answer_all, overall, rounded
+from experiments.findings import Question, Shares, answer_all, overall, rounded
 from experiments.studies import Study
 
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
@@ -41,15 +41,17 @@ def scheme_colours(studies: Sequence[Study]) -> dict[str, Any]:
 
 
 def write(found: Examination, folder: Path, config: Mapping[str, Any], command: str) -> str:
-    """Write table, figures and verdict of a claim into a folder, and give the verdict."""
+    """Write table, figures, verdict and page of a claim into a folder, and give the verdict."""
     folder.mkdir(parents=True, exist_ok=True)
     findings = answer_all(found.questions)
     verdict = {
         "title": config["title"],
         "claim": config["claim"],
         "verdict": overall(findings),
+        "confidence": findings[0].confidence,
         "command": command,
         "findings": [finding.as_dict() for finding in findings],
+        "figures": list(found.figures),
     }
     text = json.dumps(verdict, indent=1, ensure_ascii=False)
     (folder / "verdict.json").write_text(text + "\n", encoding="utf-8")
@@ -57,39 +59,38 @@ def write(found: Examination, folder: Path, config: Mapping[str, Any], command: 
     shown.to_csv(folder / "results.csv", index=False)
     for name, figure in found.figures.items():
         figure.savefig(folder / f"{name}.png", dpi=90, metadata={"Software": None})
-    _put_into(folder / "README.md", _results(verdict, findings, list(found.figures)), config)
+    _put_into(folder / "README.md", verdict)
     return str(verdict["verdict"])
 
 
-def _results(verdict: Mapping[str, Any], findings: Sequence[Finding], figures: list[str]) -> str:
+def results(verdict: Mapping[str, Any]) -> str:
     """The part of a claim's page that follows from its runs."""
-    confidence = f"{findings[0].confidence:.1%}" if findings else ""
+    header = ("runs", "question", "claimed", "found", f"{verdict['confidence']:.1%} interval", "n")
     lines = [
         f"**{verdict['verdict']}**", "",
-        f"| runs | question | claimed | found | {confidence} interval | n | verdict |",
-        "|---|---|---|---|---|---|---|",
-        *(_row(finding) for finding in findings), "",
-        *(f"![{verdict['title']}]({name}.png)" for name in figures), "",
+        f"| {' | '.join(header)} | verdict |",
+        f"|{'---|' * (len(header) + 1)}",
+        *(_row(finding) for finding in verdict["findings"]), "",
+        *(f"![{verdict['title']}]({name}.png)" for name in verdict["figures"]), "",
         f"Numbers behind it: `results.csv`, `verdict.json`. Made by `{verdict['command']}`.",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
-def _row(finding: Finding) -> str:
-    row = finding.as_dict()
-    question = row["question"].replace("|", r"\|")
-    interval = f"{row['low']} … {row['high']}"
-    cells = (row["grid"], question, row["claimed"], row["estimate"], interval, row["n"])
-    return f"| {' | '.join(map(str, cells))} | {row['verdict']} |"
+def _row(finding: Mapping[str, Any]) -> str:
+    interval = f"{finding['low']} … {finding['high']}"
+    cells = [finding[name] for name in ("grid", "question", "claimed", "estimate")]
+    text = " | ".join(str(cell) for cell in (*cells, interval, finding["n"], finding["verdict"]))
+    return f"| {text} |"
 
 
-def _put_into(page: Path, results: str, config: Mapping[str, Any]) -> None:
+def _put_into(page: Path, verdict: Mapping[str, Any]) -> None:
     """Put the results between their marks on a page, which is begun if there is none."""
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     begin, end = (mark.format("results") for mark in MARKS)
     if begin not in text:
-        text = f"# {config['title']}\n\n{config['claim']}\n\n{begin}\n{end}\n"
-    page.write_text(between_marks(text, results, "results"), encoding="utf-8")
+        text = f"# {verdict['title']}\n\n{verdict['claim']}\n\n{begin}\n{end}\n"
+    page.write_text(between_marks(text, results(verdict), "results"), encoding="utf-8")
 
 
 def between_marks(text: str, made: str, name: str) -> str:
