@@ -21,6 +21,11 @@ def feature_range(member: Member, level: int | None = None) -> float:
     return _geometric([v for k, v in member.numbers.items() if k.startswith("oscillation.h_")])
 
 
+def output_range(member: Member) -> float:
+    """Range of ‖h_0‖² over training."""
+    return feature_range(member, 0)
+
+
 def parameter_range(member: Member) -> float:
     """Range of ‖θ‖² of a block's parameters over the same steps, geometric mean over blocks."""
     if diverged(member):

@@ -43,7 +43,7 @@ def examine(studies: Sequence[Study]) -> Examination:
 
 def _figure(studies: Sequence[Study]) -> Figure:
     """Gradient energy against Σκ², at the start above and over training below."""
-    figure, axes = grid(2, len(studies), size=(3.4, 2.7))
+    figure, axes = grid(2, len(studies), size=(3.0, 2.5))
     colours = scheme_colours(studies)
     for c, study in enumerate(studies):
         sums = study.table(skip_energy)

@@ -1,8 +1,8 @@
 """Features and parameters of unscaled networks oscillate during training; scaling damps it.
 
-The oscillation of a feature is the range of its batch-mean energy over training, that of a block's
-parameters the range of ‖θ‖². Schemes are compared within a seed, so with the same weights at the
-start and the same batches.
+The oscillation of a feature is the range of its batch-mean energy over training: at the output side,
+h_0, and as the geometric mean over all levels; that of a block's parameters is the range of ‖θ‖².
+Schemes are compared within a seed, so with the same weights at the start and the same batches.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from experiments.findings import Question
 from experiments.measures import (
     feature_range,
     geometric_mean,
+    output_range,
     over,
     parameter_range,
     skip_energy,
@@ -26,7 +27,11 @@ from stability_probe.plots.figures import BOUND, grid, legend, title
 
 SCALED = ("inverse-sqrt2", "cs:0.7", "ls")
 """Of what the paper compares with unscaled training."""
-KINDS = {"features": feature_range, "parameters": parameter_range}
+KINDS = {
+    "‖h_0‖²": output_range,
+    "‖h_i‖², all levels": feature_range,
+    "‖θ‖² of blocks": parameter_range,
+}
 
 
 def examine(studies: Sequence[Study]) -> Examination:
@@ -40,7 +45,7 @@ def examine(studies: Sequence[Study]) -> Examination:
             questions.append(
                 Question(
                     study.grid,
-                    f"range of {kind}, mean of 1/√2, CS and LS over unscaled",
+                    f"range of {kind}: mean of 1/√2, CS and LS over unscaled",
                     list(np.array(ratios) / ranges[UNSCALED].to_numpy()),
                     "below",
                 )
@@ -51,16 +56,15 @@ def examine(studies: Sequence[Study]) -> Examination:
                  "over unscaled": geometric_mean(pd.Series(over(ranges, s, UNSCALED)))}
                 for s in study.schemes
             ]  # fmt: skip
-        question = "slope of log range of features on log Σκ² over schemes, κ = 0 left out"
-        ranges = study.table(feature_range)
-        steep = slopes(study, ranges, sums)
+        question = "slope of log range of ‖h_0‖² on log Σκ² over schemes, κ = 0 left out"
+        steep = slopes(study, study.table(KINDS["‖h_0‖²"]), sums)
         questions.append(Question(study.grid, question, steep, "above", 0.0, ratio=False))
     return Examination(questions, pd.DataFrame(rows), {"oscillation": _figure(studies)})
 
 
 def _figure(studies: Sequence[Study]) -> Figure:
-    """Range against Σκ², a point a run, features above and parameters below."""
-    figure, axes = grid(2, len(studies), size=(3.4, 2.8))
+    """Range against Σκ², a point a run; features above, parameters below."""
+    figure, axes = grid(len(KINDS), len(studies), size=(3.0, 2.5))
     colours = scheme_colours(studies)
     for c, study in enumerate(studies):
         sums = study.table(skip_energy)
@@ -78,8 +82,7 @@ def _figure(studies: Sequence[Study]) -> Figure:
             if r == 0:
                 ax.set_title(study.grid)
             if c == 0:
-                energy = "‖h$_i$‖²" if kind == "features" else "‖θ‖²"
-                ax.set_ylabel(f"range of {energy}\n(mean over {'levels' if r == 0 else 'blocks'})")
+                ax.set_ylabel(f"range of\n{kind}")
     legend(figure, axes[0, 0])
     title(figure, "Oscillation during training against the sum of squared coefficients")
     return figure

@@ -20,7 +20,7 @@ from scipy import stats
 
 from experiments.examination import Examination, scheme_colours
 from experiments.findings import Question
-from experiments.measures import feature_range, geometric_mean, over, parameter_energies
+from experiments.measures import geometric_mean, output_range, over, parameter_energies
 from experiments.studies import OTHERS, OUTERMOST, UNSCALED, Member, Study, label
 from stability_probe.plots.figures import grid, legend, title
 from stability_probe.verify.robustness import sensitivity_table
@@ -28,11 +28,6 @@ from stability_probe.verify.robustness import sensitivity_table
 NONE, ROOT, CS = "uniform:0", "inverse-sqrt2", "cs:0.7"
 FIRST = 3
 """Steps at the start, where all weights are next to their initial ones."""
-
-
-def output_range(member: Member) -> float:
-    """Range of ‖h_0‖² over training."""
-    return feature_range(member, 0)
 
 
 def energy_at_start(member: Member) -> float:

@@ -36,13 +36,13 @@ class TestOscillation:
     def test_it_is_found_where_it_is(self):
         found = examine("oscillation", planted(features=by_skips, parameters=by_skips))
         assert set(statuses(found).values()) == {"REPRODUCED"}
-        row = found.table.query("kind == 'features' and scheme == '1/√2'").iloc[0]
+        row = found.table.query("kind == '‖h_0‖²' and scheme == '1/√2'").iloc[0]
         assert row["over unscaled"] == pytest.approx(0.5, rel=0.05)
         assert row["Σκ²"] == pytest.approx(1.5)
 
     def test_and_not_where_it_is_not(self):
         found = statuses(examine("oscillation", planted(features=opposite)))
-        features = [v for k, v in found.items() if "features" in k]
+        features = [v for k, v in found.items() if "‖h_" in k]
         assert set(features) == {"NOT REPRODUCED AT THIS SCALE"}
         assert "REPRODUCED" not in found.values()
 
