@@ -1,8 +1,9 @@
 """Features and parameters of unscaled networks oscillate during training; scaling damps it.
 
-The oscillation of a feature is the range of its batch-mean energy over training: at the output side,
-h_0, and as the geometric mean over all levels; that of a block's parameters is the range of ‖θ‖².
-Schemes are compared within a seed, so with the same weights at the start and the same batches.
+The oscillation of a feature is the range of its batch-mean energy over training: at the output
+side, h_0, and as the geometric mean over all levels; that of a block's parameters is the range of
+‖θ‖². Schemes are compared within a seed, so with the same weights at the start and the same
+batches.
 """
 
 from collections.abc import Sequence
