@@ -10,7 +10,7 @@ from stability_probe.runs.recording import (
     record_training,
 )
 from stability_probe.runs.run import Run, open_runs
-from stability_probe.runs.sweep import sweep
+from stability_probe.runs.sweep import survey, sweep
 from stability_probe.runs.training import (
     MODELS,
     TrainConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "record_checkpoint",
     "record_ensemble",
     "record_training",
+    "survey",
     "sweep",
     "train",
 ]

@@ -58,7 +58,7 @@ class Grid:
     """
 
     base: Mapping[str, Any]
-    axes: Mapping[str, Sequence[Any]]
+    axes: Mapping[str, Any]
     probing: Mapping[str, Any] = field(default_factory=dict)
     weights: bool = False
     source: str = "grid"
