@@ -30,7 +30,7 @@ def nothing() -> None:
 
 def one_run(folder: Path) -> Path:
     """A run as the demo's are, a U-ViT of 300 steps; its folder."""
-    sweep(Grid(REAL, {"seed": [0]}, PROBING), folder, jobs=1, measure=run_numbers)
+    sweep(Grid(REAL, {"seed": [0]}, PROBING), folder, jobs=1, threads=1, measure=run_numbers)
     return folder / "runs" / "seed=0"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import joblib
+import torch
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from stability_probe.errors import StabilityProbeError
@@ -35,7 +36,8 @@ class Request:
         backend: one of `BACKENDS`.
         address: of a cluster that is there; without it, one is started on this machine.
         jobs: how many runs at once; as many as there is room for if not given.
-        threads: of each run; of local ones an equal share of the cores if not given, else 1.
+        threads: of each run; if not given, an equal share of the cores for local ones, but no more
+            than torch has here (as of OMP_NUM_THREADS), and 1 on a cluster.
 
     Raises:
         StabilityProbeError: if a number is below 1, or the backend unknown or without addresses.
@@ -97,7 +99,7 @@ def hire(request: Request, runs: int) -> Iterator[Workers]:
 def _local(request: Request, runs: int) -> Iterator[Workers]:
     cores = joblib.cpu_count()
     jobs = request.jobs or request.most(cores // (request.threads or 1), runs)
-    threads = request.threads or max(1, cores // jobs)
+    threads = request.threads or max(1, min(cores // jobs, torch.get_num_threads()))
 
     def do(calls: Calls) -> None:
         with joblib.parallel_config("loky", inner_max_num_threads=threads):

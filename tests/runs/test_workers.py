@@ -37,17 +37,19 @@ def test_extras_that_are_missing(monkeypatch, backend, module, message):
 
 
 @pytest.mark.parametrize(
-    ("cores", "jobs", "threads", "runs", "expected"),
+    ("cores", "torch_has", "jobs", "threads", "runs", "expected"),
     [
-        (8, None, None, 100, 1),  # eight jobs of a thread
-        (8, None, None, 2, 4),  # two jobs, which share the cores
-        (8, 3, None, 100, 2),
-        (8, None, 4, 100, 4),
-        (2, 5, None, 100, 1),  # as many as were asked for, and one thread at least
+        (8, 8, None, None, 100, 1),  # eight jobs of a thread
+        (8, 8, None, None, 2, 4),  # two jobs, which share the cores
+        (8, 1, None, None, 2, 1),  # with OMP_NUM_THREADS=1
+        (8, 8, 3, None, 100, 2),
+        (8, 1, None, 4, 100, 4),
+        (2, 2, 5, None, 100, 1),  # as many as were asked for, and one thread at least
     ],
 )
-def test_cores_are_shared(monkeypatch, cores, jobs, threads, runs, expected):
+def test_cores_are_shared(monkeypatch, cores, torch_has, jobs, threads, runs, expected):
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.get_num_threads", lambda: torch_has)
     with hire(Request(jobs=jobs, threads=threads), runs) as workers:
         assert workers.threads == expected
 
