@@ -123,6 +123,48 @@ def train(
 
 
 @app.command()
+def sweep(
+    grid: Annotated[
+        Path, typer.Argument(help="YAML file with the grid: base, grid, probing, weights.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the sweep; all machines have to see it.")],
+    backend: Annotated[
+        str, typer.Option(help="Who does the runs: local processes, ray or dask.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Of a Ray or Dask cluster; without it, one is started on this machine."),
+    ] = None,
+    jobs: Annotated[int | None, _setting("as many as have room", "Runs at once.")] = None,
+    threads: Annotated[
+        int | None,
+        _setting("an equal share of the cores; 1 on a cluster", "Threads of each run."),
+    ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Also do the runs again that have failed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and how they stand; do nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train every run of a grid, over many processes or machines; the same again goes on.
+
+    Runs that are complete are skipped, those that have failed are listed. Exit code 1 if any has.
+    """
+    from stability_probe.cli.sweep import SweepOptions, as_dict, print_sweep, run_sweep
+
+    asked = SweepOptions(grid, out, backend, address, jobs, threads, retry, dry_run)
+    table = run_sweep(asked)
+    if as_json:
+        print(json.dumps(as_dict(table, out), indent=2, ensure_ascii=False))
+    else:
+        print_sweep(table, out, every=dry_run)
+    if (table.state == "failed").any() and not dry_run:
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(
     runs: Runs,
     as_json: AsJson = False,

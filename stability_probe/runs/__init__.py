@@ -11,7 +11,7 @@ from stability_probe.runs.recording import (
 )
 from stability_probe.runs.run import Run, open_runs
 from stability_probe.runs.suggesting import Budget, Suggestion, suggest_kappa
-from stability_probe.runs.sweep import sweep
+from stability_probe.runs.sweep import survey, sweep
 from stability_probe.runs.tracking import Trackers, log_to, scalars
 from stability_probe.runs.training import (
     MODELS,
@@ -46,6 +46,7 @@ __all__ = [
     "record_training",
     "scalars",
     "suggest_kappa",
+    "survey",
     "sweep",
     "train",
 ]

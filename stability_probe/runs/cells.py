@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,36 @@ class Cell:
         except FileNotFoundError:
             return 0
 
-    def forget(self) -> None:
-        """Take away that it has failed, and a training that could not be gone on with."""
-        outcome = self.outcome()
-        if outcome is not None and outcome.reason.startswith(TrainingDiverged.__name__):
-            shutil.rmtree(self.folder)
-        (self.folder / OUTCOME).unlink(missing_ok=True)
+    def forget(self, failure: "Outcome") -> None:
+        """Take away that it has failed, and a training that could not be gone on with.
+
+        Raises:
+            StabilityProbeError: if the folder cannot be written, as of all that write into it.
+        """
+        with self._writing():
+            if failure.reason.startswith(TrainingDiverged.__name__):
+                shutil.rmtree(self.folder)
+            (self.folder / OUTCOME).unlink(missing_ok=True)
+
+    def take_up(self) -> None:
+        """Forget how often it was started before; that may have been ended by hand."""
+        with self._writing():
+            (self.folder / ATTEMPTS).unlink(missing_ok=True)
+
+    def take(self) -> FileLock:
+        """Keep other processes from the folder; wait for one that an earlier sweep left at work."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return held(self.folder / LOCK)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StabilityProbeError(
+                f"{self.folder}: cannot be written ({error.strerror}); choose another folder"
+            ) from error
 
     def refuse_another(self) -> None:
         """Check that a run in the folder, finished or not, has the same settings.
@@ -114,7 +138,7 @@ class Cell:
             ) from error
         refuse_contradiction(self.folder, outcome.settings, self.settings)
         unmeasured = outcome.state == "complete" and self.measure and not outcome.numbers
-        return None if unmeasured else outcome
+        return None if unmeasured else replace(outcome, settings={})
 
     def end(self, state: str, reason: str = "", **more: Any) -> None:
         """Say how it has ended.
@@ -138,7 +162,7 @@ class Outcome:
         seconds: wall time of its last sitting.
         numbers: of a complete run, by name; `None` where one is not finite.
         warnings: what was warned of.
-        settings: the run's.
+        settings: the run's, in its file alone.
     """
 
     state: str
@@ -214,14 +238,8 @@ def _threads(number: int) -> Iterator[None]:
 
 @contextmanager
 def _alone(cell: Cell) -> Iterator[None]:
-    """Keep other processes from the folder; wait for one that an earlier sweep left at work."""
-    try:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        lock = held(cell.folder / LOCK)
-    except OSError as error:
-        raise StabilityProbeError(
-            f"{cell.folder}: cannot be written ({error.strerror}); choose another folder"
-        ) from error
+    """No other process works in the cell's folder."""
+    lock = cell.take()
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -58,7 +59,7 @@ class Grid:
     """
 
     base: Mapping[str, Any]
-    axes: Mapping[str, Sequence[Any]]
+    axes: Mapping[str, Any]
     probing: Mapping[str, Any] = field(default_factory=dict)
     weights: bool = False
     source: str = "grid"
@@ -185,10 +186,13 @@ class Grid:
 
     def _typed(self, hint: Any, value: Any, key: str) -> Any:
         """A value as a field of a type takes it."""
-        inner = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
-        if isinstance(inner, type):
+        if isinstance(hint, UnionType):
+            if value is None:
+                return None
+            hint = next(kind for kind in get_args(hint) if kind is not NoneType)
+        if isinstance(hint, type) and is_dataclass(hint):
             if isinstance(value, Mapping):
-                return self._built(inner, value, key)
+                return self._built(hint, value, key)
             raise self._problem(key, f"a mapping is needed, got {value!r}")
         if get_origin(hint) is tuple:
             if isinstance(value, str) or not isinstance(value, Sequence):

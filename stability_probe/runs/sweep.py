@@ -10,7 +10,8 @@ and the same call goes on with it. Several machines have to share the file syste
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,11 @@ import pandas as pd
 from filelock import Timeout
 
 from stability_probe.errors import StabilityProbeError
-from stability_probe.runs.cells import ATTEMPTS, Cell, Measure, Outcome, held, work
+from stability_probe.probes.ranks import RecordWarning
+from stability_probe.runs.cells import Cell, Measure, Outcome, held, work
 from stability_probe.runs.grid import Grid
 from stability_probe.runs.run import write_text
-from stability_probe.runs.workers import Workers, hire
+from stability_probe.runs.workers import Request, Workers, hire
 
 TRIES = 3
 """How often a run is started among others, where its process dies; then once more alone."""
@@ -71,22 +73,36 @@ def sweep(
     Raises:
         StabilityProbeError: if the folder holds other runs or is in use, or there are no workers.
     """
-    out = Path(out)
-    cells = cells_of(grid, out, measure)
+    out, request = Path(out), Request(backend, address, jobs, threads)
+    cells = _cells(grid, out, measure)
     with _only_sweep(out):
-        todo = _look_through(out, cells, retry)
-        ledger = _Ledger(on_done)
+        ledger = _Ledger(_outcomes(out, cells), on_done)
+        if retry:
+            ledger.forget_failures(cells)
+        todo = ledger.left(cells)
+        for cell in todo:
+            cell.take_up()
         try:
             if todo:
-                with hire(backend, address, jobs, threads, len(todo)) as workers:
+                with hire(request, len(todo)) as workers:
                     _do(todo, workers, ledger)
         finally:
-            frame = _table(grid, cells)
+            frame = _table(grid, cells, ledger.outcomes)
             write_text(out / RESULTS, frame.to_csv(index=False))
     return frame
 
 
-def cells_of(grid: Grid, out: Path, measure: Measure | None = None) -> list[Cell]:
+def survey(grid: Grid, out: str | Path, measure: Measure | None = None) -> pd.DataFrame:
+    """What `sweep` would return now, if it did nothing.
+
+    Raises:
+        StabilityProbeError: if the folder holds other runs.
+    """
+    cells = _cells(grid, Path(out), measure)
+    return _table(grid, cells, _outcomes(Path(out), cells))
+
+
+def _cells(grid: Grid, out: Path, measure: Measure | None) -> list[Cell]:
     """The runs of a grid in a sweep's folder."""
     probing = grid.record_config()
     return [
@@ -95,27 +111,33 @@ def cells_of(grid: Grid, out: Path, measure: Measure | None = None) -> list[Cell
     ]
 
 
-def _look_through(out: Path, cells: Sequence[Cell], retry: bool) -> list[Cell]:
-    """What is left to do, once nothing in the folder is known to contradict it."""
-    there = {entry.name for entry in os.scandir(out / "runs")} if (out / "runs").exists() else set()
+def _outcomes(out: Path, cells: Sequence[Cell]) -> dict[str, Outcome]:
+    """How runs have ended, by name; those that have.
+
+    Raises:
+        StabilityProbeError: if there are others in the folder, or with other settings.
+    """
+    there = _folders(out / "runs")
     strange = sorted(there - {cell.name for cell in cells})
     if strange:
         raise StabilityProbeError(
             f"{out}: holds the run {strange[0]}, which the grid has not; add it to the grid, or "
             "choose another folder"
         )
-    todo = []
+    found = {}
     for cell in cells:
-        outcome = cell.outcome() if cell.name in there else None
-        if outcome is not None and outcome.state == "failed" and retry:
-            cell.forget()
-            outcome = None
-        if outcome is None:
-            todo.append(cell)
-            if cell.name in there:
+        if cell.name in there:
+            outcome = cell.outcome()
+            if outcome is None:
                 cell.refuse_another()
-                (cell.folder / ATTEMPTS).unlink(missing_ok=True)
-    return todo
+            else:
+                found[cell.name] = outcome
+    return found
+
+
+def _folders(path: Path) -> set[str]:
+    """Names of the folders in one, which need not be there."""
+    return {entry.name for entry in os.scandir(path) if entry.is_dir()} if path.exists() else set()
 
 
 def _do(todo: Sequence[Cell], workers: Workers, ledger: "_Ledger") -> None:
@@ -144,27 +166,37 @@ def _until_quiet(
         except workers.broken as error:
             moved = len(ledger.left(left)) < len(left) or [c.attempts for c in left] != before
             idle = 0 if moved else idle + 1
+            said = " ".join(str(error).split())[:200]
             if idle == TRIES:
                 raise StabilityProbeError(
-                    f"sweep: processes die before they start a run ({' '.join(str(error).split())})"
+                    f"sweep: processes die before they start a run ({said}); see whether one has "
+                    "room for what it imports"
                 ) from error
+            text = f"a process has died; its run is gone on with by another ({said})"
+            warnings.warn(text, RecordWarning, stacklevel=2)
 
 
 class _Ledger:
     """Which runs have ended, as their folders say.
 
-    Args:
-        on_done: called once for each that has ended.
+    Attributes:
+        outcomes: how they have ended, by name.
     """
 
-    def __init__(self, on_done: OnDone | None) -> None:
+    def __init__(self, outcomes: dict[str, Outcome], on_done: OnDone | None) -> None:
+        self.outcomes = outcomes
         self._on_done = on_done
         self._under_way: dict[str, Cell] = {}
-        self._ended: set[str] = set()
 
     def left(self, cells: Sequence[Cell]) -> list[Cell]:
         """Those of some runs that have not ended."""
-        return [cell for cell in cells if cell.name not in self._ended]
+        return [cell for cell in cells if cell.name not in self.outcomes]
+
+    def forget_failures(self, cells: Sequence[Cell]) -> None:
+        """Take those that have failed for such as have not ended."""
+        for cell in cells:
+            if cell.name in self.outcomes and self.outcomes[cell.name].state == "failed":
+                cell.forget(self.outcomes.pop(cell.name))
 
     @contextmanager
     def watching(self, cells: Sequence[Cell]) -> Iterator[Iterator[Cell]]:
@@ -195,7 +227,7 @@ class _Ledger:
             outcome = cell.outcome()
             if outcome is not None:
                 del self._under_way[name]
-                self._ended.add(name)
+                self.outcomes[name] = outcome
                 if self._on_done is not None:
                     self._on_done(name, outcome)
 
@@ -224,17 +256,18 @@ def _only_sweep(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def _table(grid: Grid, cells: Sequence[Cell]) -> pd.DataFrame:
+def _table(grid: Grid, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> pd.DataFrame:
     """A row for every run."""
     rows = []
     for cell in cells:
-        outcome = cell.outcome() or Outcome("open", seconds=math.nan)
+        outcome = outcomes.get(cell.name, Outcome("open", seconds=math.nan))
         rows.append(
             {
                 "run": cell.name,
                 **grid.values(cell.config),
                 "state": outcome.state,
                 "reason": outcome.reason,
+                "warnings": "; ".join(outcome.warnings),
                 "seconds": outcome.seconds,
                 **outcome.numbers,
             }
