@@ -16,7 +16,7 @@ from stability_probe.regression.measures import run_numbers
 from stability_probe.runs import Run, TrainConfig, build_model, load_images
 from stability_probe.runs.grid import Grid
 from stability_probe.runs.recording import seeded_scaling
-from stability_probe.runs.sweep import OnDone, cells_of, sweep
+from stability_probe.runs.sweep import OnDone, sweep
 from stability_probe.runs.training import probe_batch
 from stability_probe.skips import find_skips, scale_skips
 from stability_probe.verify import Evidence
@@ -134,5 +134,5 @@ def conduct(
     grid = Grid.from_yaml(grid_file(name, scale))
     folder = out / scale / name
     sweep(grid, folder, jobs=jobs, measure=run_numbers, on_done=on_done)
-    cells = cells_of(grid, folder)
-    return Study(name, [Member(cell.config, Run.open(cell.folder)) for cell in cells])
+    runs = folder / "runs"
+    return Study(name, [Member(config, Run.open(runs / run)) for run, config in grid.cells()])
