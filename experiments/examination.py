@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from experiments.findings import Question, Shares, answer_all, overall, rounded
-from experiments.studies import Study
 
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 """What made parts of a page stand between."""
@@ -31,13 +29,6 @@ class Examination:
     questions: Sequence[Question | Shares]
     table: pd.DataFrame
     figures: Mapping[str, Figure]
-
-
-def scheme_colours(studies: Sequence[Study]) -> dict[str, Any]:
-    """One colour a scheme, the same in all panels."""
-    schemes = dict.fromkeys(scheme for study in studies for scheme in study.schemes)
-    palette = sns.color_palette("tab20", 20)
-    return {scheme: palette[(2 * i + i // 10) % 20] for i, scheme in enumerate(schemes)}
 
 
 def write(found: Examination, folder: Path, config: Mapping[str, Any], command: str) -> str:

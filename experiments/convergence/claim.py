@@ -12,11 +12,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.examination import Examination, scheme_colours
+from experiments.examination import Examination
+from experiments.figures import scheme_colours, scheme_legend
 from experiments.findings import Question
 from experiments.measures import diverged, geometric_mean
 from experiments.studies import UNSCALED, Member, Study, label
-from stability_probe.plots.figures import grid, legend, title
+from stability_probe.plots.figures import grid, title
 
 SCALED = ("inverse-sqrt2", "cs:0.7", "ls")
 CLAIMED = 1 / 1.5
@@ -89,11 +90,11 @@ def _figure(studies: Sequence[Study]) -> Figure:
                  for m in study.where(scheme=scheme).members], axis=1
             )  # fmt: skip
             mean, error = np.exp(ratios.mean(axis=1)), ratios.std(axis=1) / len(base) ** 0.5
-            ax.plot(mean.index, mean, color=colours[scheme], label=label(scheme))
+            ax.plot(mean.index, mean, color=colours[scheme])
             ax.fill_between(mean.index, mean * np.exp(-error), mean * np.exp(error),
                             color=colours[scheme], alpha=0.2, lw=0)  # fmt: skip
         ax.set(xlabel="training step", title=study.grid)
     axes[0, 0].set_ylabel("loss over that of the unscaled run")
-    legend(figure, axes[0, 0])
+    scheme_legend(figure, {scheme: colours[scheme] for scheme in (UNSCALED, *SCALED)})
     title(figure, "Training loss against the unscaled run's of the same seed (± standard error)")
     return figure

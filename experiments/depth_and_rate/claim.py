@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.examination import Examination, scheme_colours
+from experiments.examination import Examination
+from experiments.figures import scheme_colours, scheme_legend
 from experiments.findings import Shares
 from experiments.measures import final_loss
 from experiments.studies import UNSCALED, Study, label
-from stability_probe.plots.figures import grid, legend, title
+from stability_probe.plots.figures import grid, title
 
 SCALED = ("inverse-sqrt2", "cs:0.7", "ls")
 USELESS = 0.9
@@ -71,12 +72,11 @@ def _figure(studies: Sequence[Study]) -> Figure:
                 ]
                 x = r + 0.18 * (k - (len(runs.schemes) - 1) / 2)
                 ax.scatter(np.full(len(losses), x), losses, s=22, color=colours[scheme],
-                           edgecolor="white", lw=0.4,
-                           label=label(scheme) if r == 0 else None)  # fmt: skip
+                           edgecolor="white", lw=0.4)  # fmt: skip
         ax.axhline(USELESS, color="grey", lw=1, ls="--")
         ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
         ax.set(yscale="log", xlabel="learning rate", title=f"N = {n} skips")
     axes[0, 0].set_ylabel("loss at the end (3: diverged or worse)\ndashed: above it, failed")
-    legend(figure, axes[0, 0])
+    scheme_legend(figure, colours)
     title(figure, "Final loss by depth, learning rate and scaling, a point a seed")
     return figure

@@ -14,11 +14,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from experiments.examination import Examination, scheme_colours
+from experiments.examination import Examination
+from experiments.figures import scheme_colours, scheme_legend
 from experiments.findings import Question
 from experiments.measures import geometric_mean, over, slopes
 from experiments.studies import UNSCALED, Member, Study, label
-from stability_probe.plots.figures import grid, legend, title
+from stability_probe.plots.figures import grid, title
 from stability_probe.runs.training import noise_scheduler
 from stability_probe.skips.taps import first_tensor
 from stability_probe.verify.robustness import sensitivity_table
@@ -92,11 +93,11 @@ def _figure(studies: Sequence[Study]) -> Figure:
         for scheme in study.schemes:
             mine = [responses(m).loss for m in study.where(scheme=scheme).members]
             curve = np.exp(np.mean(np.log(np.array(mine)), axis=0))
-            left.plot(EXTRA, curve, "o-", ms=3, color=colours[scheme], label=label(scheme))
+            left.plot(EXTRA, curve, "o-", ms=3, color=colours[scheme])
             gains = [responses(m).gain[SHOWN] for m in study.where(scheme=scheme).members]
             right.scatter(bounds[scheme], gains, color=colours[scheme], s=24, lw=0)
         left.set(xlabel="‖δ‖/‖x$_t$‖", ylabel="loss over that without δ", title=study.grid)
         right.set(xscale="log", xlabel="bound of Theorem 3.4", ylabel="‖Δout‖/‖δ‖")
-    legend(figure, axes[0, 0])
+    scheme_legend(figure, colours)
     title(figure, "Extra noise in the input of trained networks")
     return figure

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.examination import Examination, scheme_colours
+from experiments.examination import Examination
+from experiments.figures import scheme_colours, scheme_legend
 from experiments.findings import Question
 from experiments.measures import final_loss, geometric_mean, output_range, over
 from experiments.studies import UNSCALED, Study, label
-from stability_probe.plots.figures import grid, legend, title
+from stability_probe.plots.figures import grid, title
 
 NONE, ROOT, CS, LS = "uniform:0", "inverse-sqrt2", "cs:0.7", "ls"
 STEPS = ((ROOT, UNSCALED), (CS, ROOT), (LS, CS), (NONE, UNSCALED))
@@ -49,11 +50,11 @@ def _figure(studies: Sequence[Study]) -> Figure:
         for scheme in study.schemes:
             ax.scatter(ranges[scheme], losses[scheme], s=12, color=colours[scheme], alpha=0.5, lw=0)
             ax.scatter(geometric_mean(ranges[scheme]), geometric_mean(losses[scheme]), s=80,
-                       color=colours[scheme], edgecolor="black", lw=0.6, label=label(scheme),
+                       color=colours[scheme], edgecolor="black", lw=0.6,
                        marker="X" if scheme == NONE else "o", zorder=3)  # fmt: skip
         ax.set(xscale="log", yscale="log", title=study.grid)
         ax.set_xlabel("range of ‖h$_0$‖² over training")
     axes[0, 0].set_ylabel("loss at the end of training")
-    legend(figure, axes[0, 0])
+    scheme_legend(figure, colours)
     title(figure, "Stability against loss: below and to the left is better")
     return figure

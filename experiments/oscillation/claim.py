@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from experiments.examination import Examination, scheme_colours
+from experiments.examination import Examination
+from experiments.figures import against_skip_energy
 from experiments.findings import Question
 from experiments.measures import (
     feature_range,
@@ -24,7 +24,6 @@ from experiments.measures import (
     slopes,
 )
 from experiments.studies import UNSCALED, Study, label
-from stability_probe.plots.figures import BOUND, grid, legend, title
 
 SCALED = ("inverse-sqrt2", "cs:0.7", "ls")
 """Of what the paper compares with unscaled training."""
@@ -60,30 +59,10 @@ def examine(studies: Sequence[Study]) -> Examination:
         question = "slope of log range of ‖h_0‖² on log Σκ² over schemes, κ = 0 left out"
         steep = slopes(study, study.table(KINDS["‖h_0‖²"]), sums)
         questions.append(Question(study.grid, question, steep, "above", 0.0, ratio=False))
-    return Examination(questions, pd.DataFrame(rows), {"oscillation": _figure(studies)})
-
-
-def _figure(studies: Sequence[Study]) -> Figure:
-    """Range against Σκ², a point a run; features above, parameters below."""
-    figure, axes = grid(len(KINDS), len(studies), size=(3.0, 2.5))
-    colours = scheme_colours(studies)
-    for c, study in enumerate(studies):
-        sums = study.table(skip_energy)
-        for r, (kind, measure) in enumerate(KINDS.items()):
-            ax, ranges = axes[r, c], study.table(measure)
-            for scheme in study.schemes:
-                ax.scatter(sums[scheme], ranges[scheme], color=colours[scheme], s=28,
-                           edgecolor="white", lw=0.5, label=label(scheme), zorder=3)  # fmt: skip
-            ends = np.array([sums[sums > 0].min().min(), sums.max().max()])
-            middle = geometric_mean(ranges[UNSCALED]) / ends[1]
-            ax.plot(ends, middle * ends, color=BOUND, lw=1, label="∝ Σκ²")
-            ax.set(xscale="symlog", yscale="log", xlabel="Σκ²")
-            ax.set_xscale("symlog", linthresh=1)
-            ax.set_xlim(left=-0.1)
-            if r == 0:
-                ax.set_title(study.grid)
-            if c == 0:
-                ax.set_ylabel(f"range of\n{kind}")
-    legend(figure, axes[0, 0])
-    title(figure, "Oscillation during training against the sum of squared coefficients")
-    return figure
+    figure = against_skip_energy(
+        studies,
+        {f"range of\n{kind}": measure for kind, measure in KINDS.items()},
+        "∝ Σκ², order of Theorem 3.1",
+        "Oscillation during training against the sum of squared coefficients",
+    )
+    return Examination(questions, pd.DataFrame(rows), {"oscillation": figure})

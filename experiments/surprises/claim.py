@@ -18,11 +18,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.examination import Examination, scheme_colours
+from experiments.examination import Examination
+from experiments.figures import scheme_colours, scheme_legend
 from experiments.findings import Question
 from experiments.measures import geometric_mean, output_range, over, parameter_energies
 from experiments.studies import OTHERS, OUTERMOST, UNSCALED, Member, Study, label
-from stability_probe.plots.figures import grid, legend, title
+from stability_probe.plots.figures import grid, title
 from stability_probe.verify.robustness import sensitivity_table
 
 NONE, ROOT, CS = "uniform:0", "inverse-sqrt2", "cs:0.7"
@@ -124,12 +125,12 @@ def _figure(studies: Sequence[Study]) -> Figure:
         for ax, weights in ((axes[0, 1], np.ones(len(w))), (axes[0, 2], w)):
             sums = [float(np.square(m.evidence.kappa) @ weights) for m in runs]
             ax.scatter(sums, ranges[scheme], color=colours[scheme], s=26, edgecolor="white",
-                       lw=0.4, label=label(scheme))  # fmt: skip
+                       lw=0.4)  # fmt: skip
             ax.set(yscale="log", ylabel="range of ‖h$_0$‖² over training")
     axes[0, 0].set(yscale="log", xlabel="training step", ylabel="‖h$_0$‖² (running mean)")
     axes[0, 0].set_title("without skips it grows most")
     axes[0, 1].set(xlabel="Σκ$_i$²", title="all skips alike")
     axes[0, 2].set(xlabel="Σκ$_i$²‖P$_i$‖²", title="by what each carries")
-    legend(figure, axes[0, 1])
+    scheme_legend(figure, colours)
     title(figure, "Two surprises: κ = 0 oscillates most, and CS more than 1/√2")
     return figure
