@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,16 @@ def configuration(claim: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text))
 
 
-def studies_of(config: dict[str, Any], options: argparse.Namespace) -> list[Study]:
-    """The runs of a claim's grids; what is missing is trained."""
-    return [_study(name, options) for name in config["grids"][options.scale]]
-
-
-def _study(name: str, options: argparse.Namespace) -> Study:
+@cache
+def study_of(name: str, scale: str, out: Path, jobs: int | None) -> Study:
+    """The runs of a grid; what is missing is trained."""
     with progress() as display:
         task = display.add_task(name, total=None)
 
         def on_done(run: str, outcome: object) -> None:
             display.advance(task)
 
-        return conduct(name, options.scale, options.out, options.jobs, on_done)
+        return conduct(name, scale, out, jobs, on_done)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,9 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for claim in options.claims or claims():
             config = configuration(claim)
-            found = importlib.import_module(f"experiments.{claim}.claim").examine(
-                studies_of(config, options)
-            )
+            studies = [
+                study_of(name, options.scale, options.out, options.jobs)
+                for name in config["grids"][options.scale]
+            ]
+            found = importlib.import_module(f"experiments.{claim}.claim").examine(studies)
             below = "" if options.scale == "cpu" else options.scale
             command = f"python -m experiments {claim}" + (f" --scale {below}" if below else "")
             print(f"{claim}: {write(found, options.into / claim / below, config, command)}")
