@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.findings import Question, Shares, answer_all, overall, rounded
+from stability_probe.verify.statistics import ALPHA
 
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 """What made parts of a page stand between."""
@@ -39,7 +40,7 @@ def write(found: Examination, folder: Path, config: Mapping[str, Any], command: 
         "title": config["title"],
         "claim": config["claim"],
         "verdict": overall(findings),
-        "confidence": findings[0].confidence,
+        "confidence": 1 - ALPHA / len(findings),
         "command": command,
         "findings": [finding.as_dict() for finding in findings],
         "figures": list(found.figures),
@@ -69,10 +70,11 @@ def results(verdict: Mapping[str, Any]) -> str:
 
 
 def _row(finding: Mapping[str, Any]) -> str:
-    interval = f"{finding['low']} … {finding['high']}"
-    cells = [finding[name] for name in ("grid", "question", "claimed", "estimate")]
-    text = " | ".join(str(cell) for cell in (*cells, interval, finding["n"], finding["verdict"]))
-    return f"| {text} |"
+    known = finding["estimate"] is not None
+    interval = f"{finding['low']} … {finding['high']}" if known else "not finite"
+    cells = [finding[name] for name in ("grid", "question", "claimed")]
+    cells += [finding["estimate"] if known else "–", interval, finding["n"], finding["verdict"]]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _put_into(page: Path, verdict: Mapping[str, Any]) -> None:

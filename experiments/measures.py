@@ -87,8 +87,9 @@ def over(table: pd.DataFrame, scheme: str, other: str) -> list[float]:
 
 
 def geometric_mean(values: pd.DataFrame | pd.Series) -> pd.Series:
-    """Over seeds."""
-    return np.exp(np.log(values).mean())
+    """Over seeds; 0 if one of them is."""
+    with np.errstate(divide="ignore"):
+        return np.exp(np.log(values).mean())
 
 
 def _geometric(values) -> float:  # type: ignore[no-untyped-def]

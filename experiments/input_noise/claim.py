@@ -54,6 +54,7 @@ def responses(member: Member) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["extra", "gain", "loss"]).set_index("extra")
 
 
+@cache
 def bound(member: Member) -> float:
     """Σκ_i M_0^i + M_0^N L_0 at the last measurement, mean over samples."""
     return float(sensitivity_table(member.evidence)[-1]["paper"])
@@ -85,10 +86,10 @@ def examine(studies: Sequence[Study]) -> Examination:
 
 def _figure(studies: Sequence[Study]) -> Figure:
     """The loss by size of the noise above; the response against the bound below."""
-    figure, axes = grid(1, 2 * len(studies), size=(3.0, 3.2))
+    figure, axes = grid(2, len(studies), sharey=False, size=(3.0, 2.6))
     colours = scheme_colours(studies)
     for c, study in enumerate(studies):
-        left, right = axes[0, 2 * c], axes[0, 2 * c + 1]
+        left, right = axes[:, c]
         bounds = study.table(bound)
         for scheme in study.schemes:
             mine = [responses(m).loss for m in study.where(scheme=scheme).members]

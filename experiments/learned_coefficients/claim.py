@@ -91,7 +91,7 @@ def _figure(studies: Sequence[Study]) -> Figure:
         a, r, explained = fit(kappas.mean(axis=0))
         ax.plot(levels, a * r ** (levels - 1), color=BOUND,
                 label=f"{a:.2f} · {r:.3f}$^{{i-1}}$, R² = {explained:.2f}")  # fmt: skip
-        ax.set(title=name, xlabel="level i (1 = outermost)", ylim=(0, 1.02))
+        ax.set(title=name.replace(": ", ":\n"), xlabel="level i (1 = outermost)", ylim=(0, 1.02))
         ax.legend(fontsize=8, loc="lower left")
     axes[0, 0].set_ylabel("κ$_i$, a line a seed")
     table = coefficients(shown[0][1].members[0]).rolling(20, min_periods=1).mean()
@@ -100,7 +100,7 @@ def _figure(studies: Sequence[Study]) -> Figure:
         table.columns, sns.color_palette("viridis", len(table.columns)), strict=True
     ):
         ax.plot(table.index, table[level], color=colour, label=f"i = {level}")
-    ax.set(xlabel="training step", title="seed 0 of the first panel", ylim=(0, 1.02))
+    ax.set(xlabel="training step", title="over training:\nseed 0 of the first", ylim=(0, 1.02))
     ax.legend(fontsize=8, ncols=2, loc="lower left")
     title(figure, "Learned coefficients over depth and over training")
     return figure
