@@ -6,8 +6,8 @@ scheme as without, or the slope of one quantity against another. The claim names
 confidence 1 − 0.05 / questions, so that all of them cover with 95 %.
 
     REPRODUCED                     the whole interval is on the claimed side of the limit
-    NOT REPRODUCED AT THIS SCALE   the whole interval is on the other side of the limit, or within
-                                   5 % of it: what there is would not matter
+    NOT REPRODUCED AT THIS SCALE   the whole interval is on the other side of the limit; or, of a
+                                   ratio to be told from 1, within 5 % of it: that would not matter
     INCONCLUSIVE                   these seeds cannot tell
 """
 
@@ -23,7 +23,7 @@ from stability_probe.verify.statistics import ALPHA, share_interval, student_int
 
 Status = Literal["REPRODUCED", "NOT REPRODUCED AT THIS SCALE", "INCONCLUSIVE"]
 NEGLIGIBLE = 0.05
-"""An effect that is surely smaller, relative to the limit, is none."""
+"""An effect on a ratio that is surely smaller is none."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Question:
         limit = self.limit if self.side == "below" else -self.limit
         if high < limit:
             return "REPRODUCED"
-        matters = limit - NEGLIGIBLE * abs(limit)
+        matters = limit - NEGLIGIBLE * (self.ratio and self.limit == 1)
         return "NOT REPRODUCED AT THIS SCALE" if low > matters else "INCONCLUSIVE"
 
 

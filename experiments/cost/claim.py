@@ -39,25 +39,39 @@ def scaled_twin(workload: Workload, scheme: str) -> Twin:
 
 def examine(studies: Sequence[Study], plan: Plan = PLAN, couples: int = COUPLES) -> Examination:
     """Time of a step with a scheme over that of a step without."""
+    return examination_of(measured(plan, couples))
+
+
+def measured(plan: Plan, couples: int) -> pd.DataFrame:
+    """The ratio of every couple."""
     limit_threads()
-    questions, rows = [], []
+    rows = []
     for workload in WORKLOADS:
-        for scheme, limit in LIMITS.items():
-            found, seconds = [], []
-            for _ in range(couples):
+        for scheme in LIMITS:
+            for couple in range(couples):
                 plain, scaled = workload.twin(), scaled_twin(workload, scheme)
                 pairs = interleave(plain.step, scaled.step, plan, Meter())
-                found.append(ratios(pairs).median)
-                seconds.append(plain_seconds(pairs))
-            added = _parameters(scaled) / _parameters(plain) - 1
+                rows.append(
+                    {
+                        "network": workload.name,
+                        "scheme": label(scheme),
+                        "couple": couple,
+                        "ratio": ratios(pairs).median,
+                        "plain step, ms": 1e3 * plain_seconds(pairs),
+                        "parameters added": _parameters(scaled) / _parameters(plain) - 1,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def examination_of(table: pd.DataFrame) -> Examination:
+    """What the couples' ratios say."""
+    questions = []
+    for network in table.network.unique():
+        for scheme, limit in LIMITS.items():
+            mine = table[(table.network == network) & (table.scheme == label(scheme))]
             text = f"time of a step, {label(scheme)} over unscaled"
-            questions.append(Question(workload.name, text, found, "below", limit))
-            rows += [
-                {"network": workload.name, "scheme": label(scheme), "couple": i, "ratio": ratio,
-                 "plain step, ms": 1e3 * plain_step, "parameters added": added}
-                for i, (ratio, plain_step) in enumerate(zip(found, seconds, strict=True))
-            ]  # fmt: skip
-    table = pd.DataFrame(rows)
+            questions.append(Question(network, text, list(mine.ratio), "below", limit))
     return Examination(questions, table, {"cost": _figure(table)})
 
 

@@ -81,24 +81,36 @@ def examine(studies: Sequence[Study]) -> Examination:
              "bound / measured": geometric_mean(bounds[s] / gains[s])}
             for s in study.schemes
         ]  # fmt: skip
-    return Examination(questions, pd.DataFrame(rows), {"input_noise": _figure(studies)})
+    figures = {"input_noise": _losses(studies), "bound": _against_bound(studies)}
+    return Examination(questions, pd.DataFrame(rows), figures)
 
 
-def _figure(studies: Sequence[Study]) -> Figure:
-    """The loss by size of the noise above; the response against the bound below."""
-    figure, axes = grid(2, len(studies), sharey=False, size=(3.0, 2.6))
+def _losses(studies: Sequence[Study]) -> Figure:
+    """How much the loss rises with the size of the extra noise, mean over seeds."""
+    figure, axes = grid(1, len(studies), sharey=False, size=(3.0, 3.0))
     colours = scheme_colours(studies)
-    for c, study in enumerate(studies):
-        left, right = axes[:, c]
-        bounds = study.table(bound)
+    for ax, study in zip(axes[0], studies, strict=True):
         for scheme in study.schemes:
             mine = [responses(m).loss for m in study.where(scheme=scheme).members]
             curve = np.exp(np.mean(np.log(np.array(mine)), axis=0))
-            left.plot(EXTRA, curve, "o-", ms=3, color=colours[scheme])
-            gains = [responses(m).gain[SHOWN] for m in study.where(scheme=scheme).members]
-            right.scatter(bounds[scheme], gains, color=colours[scheme], s=24, lw=0)
-        left.set(xlabel="‖δ‖/‖x$_t$‖", ylabel="loss over that without δ", title=study.grid)
-        right.set(xscale="log", xlabel="bound of Theorem 3.4", ylabel="‖Δout‖/‖δ‖")
+            ax.plot(EXTRA, curve, "o-", ms=3, color=colours[scheme])
+        ax.set(xlabel="‖δ‖/‖x$_t$‖", title=study.grid)
+    axes[0, 0].set_ylabel("loss over that without δ")
     scheme_legend(figure, colours)
     title(figure, "Extra noise in the input of trained networks")
+    return figure
+
+
+def _against_bound(studies: Sequence[Study]) -> Figure:
+    """How far the output moves against the bound, a point a run."""
+    figure, axes = grid(1, len(studies), sharey=False, size=(3.0, 3.0))
+    colours = scheme_colours(studies)
+    for ax, study in zip(axes[0], studies, strict=True):
+        bounds, gains = study.table(bound), study.table(lambda m: float(responses(m).gain[SHOWN]))
+        for scheme in study.schemes:
+            ax.scatter(bounds[scheme], gains[scheme], color=colours[scheme], s=24, lw=0)
+        ax.set(xscale="log", xlabel="bound of Theorem 3.4", title=study.grid)
+    axes[0, 0].set_ylabel(f"‖Δout‖/‖δ‖ at ‖δ‖ = {SHOWN:g} ‖x$_t$‖")
+    scheme_legend(figure, colours)
+    title(figure, "Response to extra noise against the bound of Theorem 3.4")
     return figure

@@ -125,4 +125,4 @@ def _digits(value: float | None) -> str:
     if value is None:
         return "–"
     short = f"{value:.3g}"
-    return f"{float(short):,.0f}" if 1e3 <= abs(value) < 1e6 else short
+    return f"{float(short):,.0f}" if 1e3 <= abs(float(short)) < 1e6 else short

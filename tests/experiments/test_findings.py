@@ -36,6 +36,8 @@ def test_a_ratio_is_held_against_one(values, side, status):
 def test_the_limit_itself_is_not_the_claim():
     """Cheaper than 2 % is claimed, and 1 % found."""
     assert question([1.01, 1.012, 1.008], limit=1.02).answer().status == "REPRODUCED"
+    straddling = question([1.01, 1.03, 1.02, 1.015, 1.02], limit=1.02)
+    assert straddling.answer().status == "INCONCLUSIVE"
     assert question([1.1, 1.11, 1.09], limit=1.02).answer().status == "NOT REPRODUCED AT THIS SCALE"
 
 
