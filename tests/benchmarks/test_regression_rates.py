@@ -13,6 +13,7 @@ from stability_probe.runs import load_images
 IMAGES = load_images("digits")
 
 
+@pytest.mark.slow
 def test_every_state_is_another_network_or_training():
     found = {state.name: measured(state, 3, IMAGES).tested for state in STATES}
     assert all(

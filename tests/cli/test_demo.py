@@ -130,6 +130,7 @@ def test_every_seed_is_trained(cli, brief, tmp_path):
     assert folders == ["cs-0.7-seed0", "cs-0.7-seed1"]
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_does_not_end_the_demo(cli, small, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SCHEMES", ("cs:0.7",))
     wild = partial(TrainConfig, n_skips=2, width=16, batch_size=8, learning_rate=1e9)

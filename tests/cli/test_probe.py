@@ -126,6 +126,7 @@ class TestProbe:
         assert "note: scaling: as found, none is added" in result.err
         assert "Gaussian noise" in result.err and "500; noise schedule of DDPM" in result.err
 
+    @pytest.mark.slow
     def test_noise_levels_target_and_seed(self, cli, saved, tmp_path):
         options = ("--batch", 2, "--sensitive", 1, "--noise-levels", "10,900", "--target",
                    "epsilon", "--seed", 4)  # fmt: skip

@@ -194,6 +194,7 @@ def test_one_graph_is_refused_with_the_reason_and_a_way_out(cases, way):
 
 
 @ways
+@pytest.mark.slow
 def test_scheduled_measurements_run_eagerly_and_let_nothing_be_compiled_again(cases, way):
     case, ran, compiled = cases["add"], [], []
 

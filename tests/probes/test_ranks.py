@@ -178,7 +178,7 @@ class TestLostProcesses:
             for r in (0, 1)
         ]
 
-    @pytest.mark.parametrize("scenario", ["dies", "hangs"])
+    @pytest.mark.parametrize("scenario", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
     def test_training_goes_on_and_the_run_says_so(self, tmp_path, scenario):
         """At most the time-out of 3 s is waited for; then process 0 makes its nine steps."""
         first, second = self.processes(tmp_path, scenario)
@@ -198,6 +198,7 @@ class TestLostProcesses:
         assert "not heard of within 3 s or are gone" in run.info["reason"]
         assert sorted(run.records().step.unique()) == [1, 2]  # what both had flushed
 
+    @pytest.mark.slow
     def test_under_torchrun_the_run_stays_readable(self, tmp_path):
         started = time.perf_counter()
         done = launch(torchrun(), tmp_path, "dies_in_training", check=False)

@@ -66,6 +66,7 @@ def step(net, batch, probe, loss_of=per_sample_mse):
         ("ls-non-shared", "between the two"),
     ],
 )
+@pytest.mark.slow
 def test_a_copy_computes_the_same_records_nothing_and_is_probed_anew(case, way, scheme, when):
     net = case.net().eval()
     skips, batch = case.skips(net), case.data(4)

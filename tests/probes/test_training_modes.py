@@ -62,6 +62,7 @@ def test_a_step_inside_a_mode_records_the_same(case, mode, sensitivity_every):
 
 @modes
 @pytest.mark.parametrize("inside", [(0,), (1,), (2,), (0, 2)], ids=str)
+@pytest.mark.slow
 def test_some_steps_may_be_inside_a_mode(cases, mode, inside):
     case = cases["concat"]
     frames = [recorded_within(case, mode, i, sensitivity_every=2) for i in (inside, ())]

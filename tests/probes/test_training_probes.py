@@ -87,6 +87,7 @@ def test_training_with_several_probes_is_the_same_to_the_last_bit(case):
 
 @pytest.mark.parametrize("name", ["concat", "unet2d"])
 @pytest.mark.parametrize("left", range(3))
+@pytest.mark.slow
 def test_one_that_is_left_leaves_the_others_as_they_are(cases, name, left):
     case = cases[name]
     net = case.net().eval()

@@ -86,6 +86,7 @@ class TestTheSameAsWithoutStopping:
         {"model": "unet2d", "scheme": "sc-tuner", "n_skips": 4},
     ], ids=str)  # fmt: skip
     @pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.slow)])
+    @pytest.mark.slow
     def test_three_times(self, tmp_path, options, every):
         """Once before the first saving, once in an epoch, once in the next."""
         config, probing = replace(CONFIG, **options), replace(PROBING, every=every)

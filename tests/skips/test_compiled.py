@@ -197,6 +197,7 @@ orders = pytest.mark.parametrize("compile_", [by_function, in_place, its_childre
 @every
 @orders
 @scaled_inside
+@pytest.mark.slow
 def test_scaling_reaches_code_that_was_compiled_before(entry, compile_):
     """Compiled code does not look at hooks again: it must not go on unscaled, nor scaled."""
     plain, scaled = expected(entry, Uniform(0.3))
@@ -235,6 +236,7 @@ def test_code_that_was_compiled_around_the_model(name):
 @every
 @scaled_inside
 @pytest.mark.parametrize("ran", [False, True], ids=["fresh", "ran"])
+@pytest.mark.slow
 def test_what_torch_compile_returned_stands_for_the_model(entry, ran):
     scheme = LearnableScaling()
     plain, scaled = expected(entry, scheme)

@@ -49,6 +49,7 @@ def test_nested_dense_skips_are_refused_by_name(entry):
 
 @zoo
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.slow
 def test_one_is_the_identity_to_the_last_bit(entry, training):
     model = entry.build()
     skips = skips_of(entry, model)
@@ -101,6 +102,7 @@ def double(monkeypatch):
 
 @zoo
 @pytest.mark.usefixtures("double")
+@pytest.mark.slow
 def test_gradient_with_respect_to_kappa_is_that_of_finite_differences(entry):
     model = entry.build().double().eval()
     args, kwargs = to_double(entry.args), to_double(entry.kwargs)

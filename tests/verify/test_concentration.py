@@ -12,6 +12,7 @@ def verdicts(cells, rhos=RHOS):
 
 
 class TestVerdict:
+    @pytest.mark.slow
     def test_gaussian_networks(self):
         decay, depth = verdicts(networks((1, 2, 4), count=10_000))
         assert (decay.status, decay.theorem, decay.n) == ("HOLDS", "3.1", 14 * 10_000)
@@ -40,6 +41,7 @@ class TestVerdict:
         assert verdict.status == "INCONCLUSIVE"
         assert "39 resamples cannot show an interval of 95.0%; 40 can" in verdict.advice
 
+    @pytest.mark.slow
     def test_a_chain_of_blocks_of_fixed_length_is_free_of_depth(self):
         one = networks(count=10_000)
         cells = {(m, n): one[m, 1] for m, _ in one for n in (1, 2, 3)}

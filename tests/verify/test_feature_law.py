@@ -35,6 +35,7 @@ def changed(tmp_path_factory):
     return record
 
 
+@pytest.mark.slow
 class TestRealNetworks:
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_the_law_holds_under_every_scheme(self, networks, scheme):
