@@ -29,7 +29,8 @@ lint: .venv/installed
 notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py
 
-# Everything that is committed below experiments/, made from nothing; what has changed is listed.
+# Everything that is committed below experiments/; what has changed is listed. Trainings that are in
+# experiments-out/ are not made again: remove it to begin from nothing.
 experiments: .venv/installed
 	$(BIN)/python -m experiments $(CLAIMS)
 	rm -rf experiments-out/concentration

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.findings import Question, Shares, answer_all, overall, rounded
+from experiments.findings import Question, answer_all, overall, rounded
 from stability_probe.verify.statistics import ALPHA
 
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
@@ -27,7 +27,7 @@ class Examination:
         figures: by file name.
     """
 
-    questions: Sequence[Question | Shares]
+    questions: Sequence[Question]
     table: pd.DataFrame
     figures: Mapping[str, Figure]
 

@@ -10,14 +10,18 @@ from matplotlib.lines import Line2D
 
 from experiments.measures import geometric_mean, skip_energy
 from experiments.studies import UNSCALED, Member, Study, label
-from stability_probe.plots.figures import BOUND, grid, title
+from stability_probe.plots.figures import BOUND, SCHEMES, grid, title
+
+USUAL = (UNSCALED, "inverse-sqrt2", "cs:0.7", "ls", "uniform:0")
+"""The schemes of most grids."""
 
 
 def scheme_colours(studies: Sequence[Study]) -> dict[str, Any]:
-    """One colour a scheme, the same in all panels."""
-    schemes = dict.fromkeys(scheme for study in studies for scheme in study.schemes)
-    palette = sns.color_palette("tab20", 20)
-    return {scheme: palette[(2 * i + i // 10) % 20] for i, scheme in enumerate(schemes)}
+    """One colour a scheme, the same in all panels; of the usual ones, in all figures."""
+    there = dict.fromkeys(scheme for study in studies for scheme in study.schemes)
+    order = [*USUAL, *(scheme for scheme in there if scheme not in USUAL)]
+    palette = [*SCHEMES, *sns.color_palette("dark")]
+    return {s: colour for s, colour in zip(order, palette, strict=False) if s in there}
 
 
 def scheme_legend(figure: Figure, colours: Mapping[str, Any], reference: str = "") -> None:

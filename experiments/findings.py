@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
-from stability_probe.verify.statistics import ALPHA, share_interval, student_interval
+from stability_probe.verify.statistics import ALPHA, student_interval
 
 Status = Literal["REPRODUCED", "NOT REPRODUCED AT THIS SCALE", "INCONCLUSIVE"]
 NEGLIGIBLE = 0.05
@@ -73,55 +72,18 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """How many of the same seeds fail with one scheme and with another, said to be fewer.
-
-    Attributes:
-        grid: the runs it is put to.
-        text: the question.
-        fail: seeds that fail with the scheme.
-        of: seeds.
-        before: seeds that fail without it.
-    """
-
-    grid: str
-    text: str
-    fail: int
-    of: int
-    before: int
-
-    def answer(self, questions: int = 1) -> "Finding":
-        """What the counts say, by Fisher's exact test; the interval is of the scheme's share.
-
-        >>> Shares("digits", "failures", 0, 5, 5).answer().status
-        'REPRODUCED'
-        """
-        confidence = 1 - ALPHA / questions
-        share = self.fail / self.of
-        table = [[self.fail, self.of - self.fail], [self.before, self.of - self.before]]
-        fewer, more = (stats.fisher_exact(table, side).pvalue for side in ("less", "greater"))
-        status: Status = "INCONCLUSIVE"
-        if fewer <= ALPHA / questions:
-            status = "REPRODUCED"
-        elif more <= ALPHA / questions or self.before == 0:
-            status = "NOT REPRODUCED AT THIS SCALE"
-        interval = share_interval(share, self.of, confidence)
-        return Finding(self, share, interval, confidence, status)
-
-
-@dataclass(frozen=True)
 class Finding:
     """A question with its answer.
 
     Attributes:
         question: what was asked.
-        estimate: the mean, or the share.
+        estimate: the mean.
         interval: at the confidence that follows.
         confidence: two-sided.
         status: whether the claim is reproduced.
     """
 
-    question: Question | Shares
+    question: Question
     estimate: float
     interval: tuple[float, float]
     confidence: float
@@ -131,23 +93,28 @@ class Finding:
     def claimed(self) -> str:
         """What the claim says of the number."""
         asked = self.question
-        if isinstance(asked, Shares):
-            return f"< {asked.before}/{asked.of}"
         return f"{'<' if asked.side == 'below' else '>'} {asked.limit:g}"
 
     def as_dict(self) -> dict[str, Any]:
-        """A row of a table, numbers to three digits."""
+        """A row of a table, numbers to three digits, and the values of the units."""
         asked = self.question
         return {
             "grid": asked.grid,
             "question": asked.text,
             "claimed": self.claimed,
             "estimate": rounded(self.estimate),
-            "low": rounded(self.interval[0]),
-            "high": rounded(self.interval[1]),
-            "n": asked.of if isinstance(asked, Shares) else len(asked.values),
+            "low": self._rounded_end(0),
+            "high": self._rounded_end(1),
+            "n": len(asked.values),
             "verdict": self.status,
+            "values": [rounded(float(value), 4) for value in asked.values],
         }
+
+    def _rounded_end(self, which: int) -> float | None:
+        """An end of the interval; with so many digits that it is not the limit where it is not."""
+        end = self.interval[which]
+        short = rounded(end)
+        return rounded(end, 6) if short == self.question.limit else short
 
 
 def rounded(value: float, digits: int = 3) -> float | None:
@@ -159,13 +126,15 @@ def rounded(value: float, digits: int = 3) -> float | None:
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def answer_all(questions: Sequence[Question | Shares]) -> list[Finding]:
+def answer_all(questions: Sequence[Question]) -> list[Finding]:
     """Answers at one level for all."""
     return [question.answer(len(questions)) for question in questions]
 
 
 def overall(findings: Sequence[Finding]) -> str:
     """The verdict on a claim: that of all its findings, or how many of each.
+
+    Where none is reproduced, it is what most of them are.
 
     >>> a = Question("g", "a", [0.5, 0.51], "below").answer()
     >>> b = Question("g", "b", [2.0, 2.1], "below").answer()
@@ -177,5 +146,6 @@ def overall(findings: Sequence[Finding]) -> str:
         if n == len(findings):
             return status
     yes, no, open_ = count.values()
-    word = "PARTLY REPRODUCED" if yes else "NOT REPRODUCED AT THIS SCALE"
+    word = "NOT REPRODUCED AT THIS SCALE" if no > open_ else "INCONCLUSIVE"
+    word = "PARTLY REPRODUCED" if yes else word
     return f"{word} ({yes} of {len(findings)}; {no} not, {open_} inconclusive)"

@@ -44,11 +44,19 @@ def parameter_energies(member: Member) -> pd.DataFrame:
     return rows.assign(block=block).groupby(["step", "block"]).value.sum().unstack("block")
 
 
-def gradient_energy(member: Member, first: int | None = None) -> float:
-    """Mean ‖∇W‖² of the network's weights over the steps, or over the first so many."""
+def gradient_energy(member: Member, first: int | None = None, over_loss: bool = False) -> float:
+    """Mean ‖∇W‖² of the network's weights over the steps, or over the first so many.
+
+    Args:
+        member: the run.
+        first: number of steps; all after the first sixth if not given.
+        over_loss: of ‖∇W‖²/ℓ, which is what Theorem 3.3 bounds by ‖x_t‖²Σκ².
+    """
     frame = member.evidence.frame
     rows = frame[frame.metric == "grad_energy"]
     steps = rows.groupby("step").value.sum()
+    if over_loss:
+        steps = steps / member.evidence.series("loss", "loss")[0]
     chosen = steps.iloc[:first] if first else steps[steps.index > TRANSIENT * steps.index.max()]
     return float(chosen.mean())
 
@@ -87,9 +95,9 @@ def over(table: pd.DataFrame, scheme: str, other: str) -> list[float]:
 
 
 def geometric_mean(values: pd.DataFrame | pd.Series) -> pd.Series:
-    """Over seeds; 0 if one of them is."""
-    with np.errstate(divide="ignore"):
-        return np.exp(np.log(values).mean())
+    """Over seeds; 0 if one of them is, and not a number if one of them is none."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.exp(np.log(values).mean(skipna=False))
 
 
 def _geometric(values) -> float:  # type: ignore[no-untyped-def]

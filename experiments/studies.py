@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from stability_probe.errors import StabilityProbeError
+from stability_probe.errors import StabilityProbeError, TrainingDiverged
 from stability_probe.plots.tables import scheme_label
 from stability_probe.regression.measures import run_numbers
 from stability_probe.runs import Run, TrainConfig, build_model, load_images
@@ -126,13 +126,23 @@ def grid_file(name: str, scale: str) -> Path:
 def conduct(
     name: str, scale: str, out: Path, jobs: int | None = None, on_done: OnDone | None = None
 ) -> Study:
-    """The runs of a grid; those that are missing in `out` are made.
+    """The runs of a grid; those that are missing in `out` are made, each in one thread.
 
     Raises:
-        StabilityProbeError: if the grid or the folder cannot be used.
+        StabilityProbeError: if the grid or the folder cannot be used, or a run fails otherwise
+            than by diverging.
     """
     grid = Grid.from_yaml(grid_file(name, scale))
     folder = out / scale / name
-    sweep(grid, folder, jobs=jobs, measure=run_numbers, on_done=on_done)
+    done = sweep(grid, folder, jobs=jobs, threads=1, measure=run_numbers, on_done=on_done)
+    broken = done[
+        (done.state != "complete") & ~done.reason.str.startswith(TrainingDiverged.__name__)
+    ]
+    for run, reason in zip(broken.run, broken.reason, strict=True):
+        raise StabilityProbeError(
+            f"{folder}: {len(broken)} of {len(done)} runs have not ended, such as {run} "
+            f"({reason}); do them again with stability-probe sweep {grid_file(name, scale)} "
+            f"--out {folder} --retry"
+        )
     runs = folder / "runs"
     return Study(name, [Member(config, Run.open(runs / run)) for run, config in grid.cells()])

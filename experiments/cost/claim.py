@@ -88,6 +88,7 @@ def _figure(table: pd.DataFrame) -> Figure:
         ax.axhline(1, color="grey", lw=1)
         ax.scatter(mine.scheme, mine.ratio, color=MEASURED, s=24)
         ax.set_title(network)
+        ax.tick_params(axis="x", labelrotation=20)
     axes[0, 0].set_ylabel("time of a step over an unscaled one")
     title(figure, "What scaling costs, a point a couple of networks")
     return figure

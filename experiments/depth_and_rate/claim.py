@@ -1,8 +1,8 @@
 """Where depth or learning rate make unscaled training fail, scaling rescues it.
 
 A run fails if its loss stops being finite, or if at the end it is no better than a network that
-predicts no noise at all, whose loss is 1, but for a tenth. Asked at the largest learning rate, for
-every depth.
+predicts no noise at all, whose loss is 1, but for a tenth. Failures are counted; what is asked for
+every depth is the loss at the end, over the learning rates.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiments.examination import Examination
 from experiments.figures import scheme_colours, scheme_legend
-from experiments.findings import Shares
+from experiments.findings import Question
 from experiments.measures import final_loss
-from experiments.studies import UNSCALED, Study, label
+from experiments.studies import UNSCALED, Member, Study, label
 from stability_probe.plots.figures import grid, title
 
 SCALED = ("inverse-sqrt2", "cs:0.7", "ls")
@@ -23,60 +24,58 @@ USELESS = 0.9
 """A final loss above it is that of a network which has learned next to nothing."""
 
 
-def cells(study: Study) -> list[tuple[int, float, Study]]:
-    """The runs by depth and learning rate."""
-    keys = dict.fromkeys((m.config.n_skips, m.config.learning_rate) for m in study.members)
-    return [(n, rate, study.where(n_skips=n, learning_rate=rate)) for n, rate in keys]
-
-
-def failures(losses: pd.Series) -> int:
-    """How many runs of a scheme fail."""
-    return int((~(losses <= USELESS)).sum())
+def worth(member: Member) -> float:
+    """The loss at the end, or 1 where predicting no noise would do better."""
+    return min(final_loss(member), 1.0)
 
 
 def examine(studies: Sequence[Study]) -> Examination:
-    """Failures with each scheme and without."""
+    """Losses at the end with each scheme and without, and failures."""
     questions, rows = [], []
     for study in studies:
-        largest = max(m.config.learning_rate for m in study.members)
-        for n, rate, runs in cells(study):
-            losses = runs.table(final_loss)
-            count = {s: failures(losses[s]) for s in runs.schemes}
-            rows += [
-                {"grid": study.grid, "N": n, "learning rate": rate, "scheme": label(s),
-                 "failed": count[s], "of": len(losses), "median final loss": losses[s].median()}
-                for s in runs.schemes
-            ]  # fmt: skip
-            if rate == largest:
-                questions += [
-                    Shares(study.grid, f"failures at N = {n}, rate {rate:g}: {label(s)}",
-                           count[s], len(losses), count[UNSCALED])
-                    for s in SCALED
+        for n in _values(study, "n_skips"):
+            over = []
+            for rate in _values(study, "learning_rate"):
+                losses = study.where(n_skips=n, learning_rate=rate).table(worth)
+                over.append(losses.div(losses[UNSCALED], axis=0))
+                rows += [
+                    {"grid": study.grid, "N": n, "learning rate": rate, "scheme": label(s),
+                     "failed": int((losses[s] > USELESS).sum()), "of": len(losses),
+                     "median final loss": losses[s].median()}
+                    for s in losses
                 ]  # fmt: skip
+            ratios = stats.gmean(np.stack(over))  # (seeds, schemes)
+            questions += [
+                Question(study.grid, f"final loss at N = {n}, {label(s)} over unscaled",
+                         list(ratio), "below")
+                for s, ratio in zip(over[0], ratios.T, strict=True) if s in SCALED
+            ]  # fmt: skip
     return Examination(questions, pd.DataFrame(rows), {"depth_and_rate": _figure(studies)})
+
+
+def _values(study: Study, setting: str) -> list[float]:
+    """A setting's values in a grid, in its order."""
+    return list(dict.fromkeys(getattr(m.config, setting) for m in study.members))
 
 
 def _figure(studies: Sequence[Study]) -> Figure:
     """Final loss against learning rate, a panel a depth, a point a run."""
-    panels = [(s, n) for s in studies for n in dict.fromkeys(m.config.n_skips for m in s.members)]
-    figure, axes = grid(1, len(panels), sharey=True, size=(4.4, 3.6))
+    panels = [(study, n) for study in studies for n in _values(study, "n_skips")]
+    figure, axes = grid(1, len(panels), sharey=True, size=(3.0, 3.4))
     colours = scheme_colours(studies)
     for ax, (study, n) in zip(axes[0], panels, strict=True):
-        runs = study.where(n_skips=n)
+        runs, rates = study.where(n_skips=n), _values(study, "learning_rate")
         rates = sorted({m.config.learning_rate for m in runs.members})
         for k, scheme in enumerate(runs.schemes):
             for r, rate in enumerate(rates):
-                losses = [
-                    min(final_loss(m), 3.0)
-                    for m in runs.where(scheme=scheme, learning_rate=rate).members
-                ]
+                losses = [worth(m) for m in runs.where(scheme=scheme, learning_rate=rate).members]
                 x = r + 0.18 * (k - (len(runs.schemes) - 1) / 2)
                 ax.scatter(np.full(len(losses), x), losses, s=22, color=colours[scheme],
                            edgecolor="white", lw=0.4)  # fmt: skip
         ax.axhline(USELESS, color="grey", lw=1, ls="--")
         ax.set_xticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-        ax.set(yscale="log", xlabel="learning rate", title=f"N = {n} skips")
-    axes[0, 0].set_ylabel("loss at the end (3: diverged or worse)\ndashed: above it, failed")
+        ax.set(yscale="log", xlabel="learning rate", title=f"{study.grid}, N = {n}")
+    axes[0, 0].set_ylabel("loss at the end (1: predicts no noise)\ndashed: above it, failed")
     scheme_legend(figure, colours)
     title(figure, "Final loss by depth, learning rate and scaling, a point a seed")
     return figure

@@ -278,12 +278,20 @@ def _decades(low: float, high: float) -> list[float]:
 
 
 def grid(
-    rows: int, columns: int, *, sharey: Any = False, size: tuple[float, float] = (2.6, 2.2)
+    rows: int,
+    columns: int,
+    *,
+    sharex: Any = None,
+    sharey: Any = False,
+    size: tuple[float, float] = (2.6, 2.2),
 ) -> tuple[Figure, Any]:
-    """A figure with a grid of axes of one style, not registered with pyplot."""
+    """A figure with a grid of axes of one style, not registered with pyplot.
+
+    Rows share their x axes if nothing else is said.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(size[0] * columns, 6), size[1] * rows + 0.9))
-        axes = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1, sharey=sharey)
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1 if sharex is None else sharex, sharey=sharey)
     return figure, axes
 
 

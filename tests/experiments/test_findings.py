@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from experiments.findings import Question, Shares, answer_all, overall
+from experiments.findings import Finding, Question, answer_all, overall
 from stability_probe.verify.statistics import student_interval
 
 
@@ -66,27 +66,22 @@ def test_true_claims_are_seldom_called_not_reproduced():
     assert sum(wrong) <= 0.05 * 2000
 
 
-@pytest.mark.parametrize(
-    ("fail", "before", "status"),
-    [
-        (0, 5, "REPRODUCED"),
-        (1, 5, "INCONCLUSIVE"),  # p = 0.024 is enough alone, and not as one of six
-        (5, 5, "INCONCLUSIVE"),
-        (0, 0, "NOT REPRODUCED AT THIS SCALE"),  # nothing failed that could be rescued
-        (5, 0, "NOT REPRODUCED AT THIS SCALE"),
-    ],
-)
-def test_shares_are_compared_exactly(fail, before, status):
-    assert Shares("g", "t", fail, 5, before).answer(6).status == status
-
-
 def test_a_row_says_what_was_claimed_and_found():
     row = question([0.5, 0.5, 0.501]).answer().as_dict()
     assert row["claimed"] == "< 1"
     assert row["estimate"] == 0.5
     assert row["n"] == 3
-    assert Shares("g", "t", 1, 5, 4).answer().as_dict()["claimed"] == "< 4/5"
     assert question([math.nan, 1.0]).answer().as_dict()["estimate"] is None
+
+
+def test_a_row_has_the_values_of_the_seeds():
+    assert question([0.51234, 0.5, math.nan]).answer().as_dict()["values"] == [0.5123, 0.5, None]
+
+
+def test_an_interval_that_ends_at_the_limit_has_more_digits():
+    asked = question([1.03] * 5, limit=1.05)
+    row = Finding(asked, 1.0312, (1.0123, 1.0503), 0.99, "INCONCLUSIVE").as_dict()
+    assert (row["estimate"], row["low"], row["high"]) == (1.03, 1.01, 1.0503)
 
 
 def test_a_claim_is_what_its_findings_are():
@@ -97,4 +92,5 @@ def test_a_claim_is_what_its_findings_are():
     assert overall([no]) == "NOT REPRODUCED AT THIS SCALE"
     assert overall([unknown]) == "INCONCLUSIVE"
     assert overall([yes, no, unknown]) == "PARTLY REPRODUCED (1 of 3; 1 not, 1 inconclusive)"
-    assert overall([no, unknown]).startswith("NOT REPRODUCED AT THIS SCALE (0 of 2")
+    assert overall([no, no, unknown]).startswith("NOT REPRODUCED AT THIS SCALE (0 of 3")
+    assert overall([no, unknown, unknown]) == "INCONCLUSIVE (0 of 3; 1 not, 2 inconclusive)"
