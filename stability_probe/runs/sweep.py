@@ -58,12 +58,14 @@ def sweep(
         grid: the runs.
         out: folder of the sweep; on several machines, one that all of them see.
         backend: `local`, `ray` or `dask`.
-        address: of a Ray or Dask cluster; without it, one is started on this machine.
+        address: of a Ray or Dask cluster; without it, one is started on this machine, unless
+            the environment variable RAY_ADDRESS has that of a Ray cluster.
         jobs: runs at once; as many as there is room for if not given.
         threads: of each run; an equal share of the cores if not given.
         retry: also do the runs again that have failed.
         measure: makes numbers of a finished run, for the table; a function that processes can
-            import, such as `stability_probe.regression.run_numbers`.
+            import, such as `stability_probe.regression.run_numbers`. Finished runs are measured
+            again where it has another name than the one before.
         on_done: called with the name and outcome of every run that ends, in another thread.
 
     Returns:
@@ -196,7 +198,8 @@ class _Ledger:
         """Take those that have failed for such as have not ended."""
         for cell in cells:
             if cell.name in self.outcomes and self.outcomes[cell.name].state == "failed":
-                cell.forget(self.outcomes.pop(cell.name))
+                del self.outcomes[cell.name]
+                cell.forget()
 
     @contextmanager
     def watching(self, cells: Sequence[Cell]) -> Iterator[Iterator[Cell]]:
