@@ -104,6 +104,17 @@ class TestRuns:
             pd.testing.assert_frame_equal(sweep(grid, tmp_path, measure=none), before)
         assert len(trained.seen) == 3, "once for each measure"
 
+    def test_are_known_whatever_the_order_of_the_axes(self, tmp_path, trained):
+        sweep(Grid(BASE, {"seed": [0], "width": [8]}, PROBING), tmp_path)
+        frame = sweep(Grid(BASE, {"width": [8, 4], "seed": [0]}, PROBING), tmp_path)
+        assert frame.run.tolist() == trained.seen == ["seed=0,width=8", "width=4,seed=0"]
+
+    def test_are_told_from_other_folders(self, tmp_path):
+        for folder in (".ipynb_checkpoints", "notes"):
+            (tmp_path / "runs" / folder).mkdir(parents=True)
+        (tmp_path / "runs/.ipynb_checkpoints/run.json").touch()
+        assert survey(GRID, tmp_path).run.tolist() == ["seed=0", "seed=1", "seed=2"]
+
     def test_may_keep_their_weights(self, tmp_path):
         grid = Grid(BASE, {"seed": [0]}, PROBING, weights=True)
         for _ in range(2):
