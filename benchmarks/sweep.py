@@ -1,6 +1,6 @@
 """What a sweep costs beside its runs: to scan a folder of finished ones, and to hand them out.
 
-    python -m benchmarks.sweep [--finished 2000] [--runs 40] [--backends local ray dask]
+    python -m benchmarks.sweep [--finished 2000] [--runs 200] [--backends local ray dask]
 
 Times of a busy machine are of little worth; the dispatcher's CPU time is less touched by that.
 """

@@ -133,7 +133,7 @@ def sweep(
     ] = "local",
     address: Annotated[
         str | None,
-        typer.Option(help="Of a Ray or Dask cluster; without it, one is started on this machine."),
+        typer.Option(help="Of a cluster; else RAY_ADDRESS (Ray only), else one is started here."),
     ] = None,
     jobs: Annotated[int | None, _setting("as many as have room", "Runs at once.")] = None,
     threads: Annotated[

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from stability_probe.errors import StabilityProbeError, TrainingDiverged
+from stability_probe.errors import StabilityProbeError
 from stability_probe.runs.recording import RecordConfig, record_training
-from stability_probe.runs.resuming import refuse_contradiction
+from stability_probe.runs.resuming import diverged, refuse_contradiction
 from stability_probe.runs.run import Run, write_json
 from stability_probe.runs.training import TrainConfig
 
@@ -69,6 +69,14 @@ class Cell:
         return {**self.config.as_dict(), "probing": probing, "weights": self.weights}
 
     @property
+    def measured_by(self) -> str:
+        """The qualified name of what makes numbers of it; empty if nothing does."""
+        if self.measure is None:
+            return ""
+        named = self.measure if hasattr(self.measure, "__qualname__") else type(self.measure)
+        return f"{named.__module__}.{named.__qualname__}"
+
+    @property
     def attempts(self) -> int:
         """How often it was started and has not ended."""
         try:
@@ -76,14 +84,22 @@ class Cell:
         except FileNotFoundError:
             return 0
 
-    def forget(self, failure: "Outcome") -> None:
+    @property
+    def divergence(self) -> str:
+        """Why its training, done before, has diverged; empty if it has not."""
+        with suppress(StabilityProbeError):  # no run, or damaged: it says so when it is trained
+            info = Run.open(self.folder).info
+            return str(info["reason"]) if diverged(info) else ""
+        return ""
+
+    def forget(self) -> None:
         """Take away that it has failed, and a training that could not be gone on with.
 
         Raises:
             StabilityProbeError: if the folder cannot be written, as of all that write into it.
         """
         with self._writing():
-            if failure.reason.startswith(TrainingDiverged.__name__):
+            if self.divergence:
                 shutil.rmtree(self.folder)
             (self.folder / OUTCOME).unlink(missing_ok=True)
 
@@ -116,11 +132,27 @@ class Cell:
         if (self.folder / "run.json").exists():
             info = Run.open(self.folder).info
             there = {**info.get("config", {}), "probing": info.get("probing")}
-            asked = {name: value for name, value in self.settings.items() if name != "weights"}
-            refuse_contradiction(self.folder, there, asked)
+            # what is not complete is still to write its weights
+            written = info.get("state") != "complete" or (self.folder / WEIGHTS).exists()
+            there["weights"] = self.weights and written
+            refuse_contradiction(self.folder, there, self.settings)
 
     def outcome(self) -> "Outcome | None":
         """How it has ended; `None` if it has not, or its numbers are still to be made.
+
+        Raises:
+            StabilityProbeError: as `recorded`.
+        """
+        found = self.recorded()
+        if found is None:
+            return None
+        measured = self.measure is None or found.measured_by == self.measured_by
+        if found.state == "complete" and not measured:
+            return None
+        return replace(found, measured_by="", settings={})
+
+    def recorded(self) -> "Outcome | None":
+        """How it has ended as its file says, which may be without the numbers; `None` without one.
 
         Raises:
             StabilityProbeError: if that cannot be read, or the folder holds a run with other
@@ -128,6 +160,7 @@ class Cell:
         """
         try:
             read = json.loads((self.folder / OUTCOME).read_text())
+            read = {"measured_by": "", **read}  # earlier versions did not say
             outcome = Outcome(**{name: read[name] for name in Outcome.__dataclass_fields__})
         except FileNotFoundError:
             return None
@@ -137,8 +170,7 @@ class Cell:
                 "looked at again"
             ) from error
         refuse_contradiction(self.folder, outcome.settings, self.settings)
-        unmeasured = outcome.state == "complete" and self.measure and not outcome.numbers
-        return None if unmeasured else replace(outcome, settings={})
+        return outcome
 
     def end(self, state: str, reason: str = "", **more: Any) -> None:
         """Say how it has ended.
@@ -146,9 +178,8 @@ class Cell:
         Raises:
             StabilityProbeError: if it cannot be written.
         """
-        write_json(
-            self.folder / OUTCOME, asdict(Outcome(state, reason, settings=self.settings, **more))
-        )
+        ended = Outcome(state, reason, measured_by=self.measured_by, settings=self.settings, **more)
+        write_json(self.folder / OUTCOME, asdict(ended))
         (self.folder / ATTEMPTS).unlink(missing_ok=True)
 
 
@@ -162,6 +193,7 @@ class Outcome:
         seconds: wall time of its last sitting.
         numbers: of a complete run, by name; `None` where one is not finite.
         warnings: what was warned of.
+        measured_by: the qualified name of what made the numbers, in its file alone.
         settings: the run's, in its file alone.
     """
 
@@ -170,6 +202,7 @@ class Outcome:
     seconds: float = 0.0
     numbers: dict[str, float | None] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    measured_by: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -190,6 +223,9 @@ def work(cell: Cell, most: int, last: bool) -> None:
     with _alone(cell):
         if cell.outcome() is not None:
             return
+        if cell.divergence:  # its process died before it could say so
+            cell.end("failed", cell.divergence)
+            return
         if cell.attempts >= most:
             if last:
                 cell.end(
@@ -202,8 +238,11 @@ def work(cell: Cell, most: int, last: bool) -> None:
 
 
 def _train(cell: Cell) -> None:
-    """Train and measure; an error is the run's outcome, an interrupt is not."""
-    began = time.perf_counter()
+    """Train and measure; an error is the run's outcome, an interrupt is not.
+
+    What is known of the training stays where that was done before, and only numbers are missing.
+    """
+    before, began = cell.recorded(), time.perf_counter()
     state, reason, numbers = "complete", "", {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -216,12 +255,13 @@ def _train(cell: Cell) -> None:
                 numbers = dict(cell.measure(run)) if cell.measure else {}
         except Exception as error:
             state, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
+    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     cell.end(
         state,
         reason,
-        seconds=time.perf_counter() - began,
+        seconds=before.seconds if before else time.perf_counter() - began,
         numbers=numbers,
-        warnings=[str(w.message) for w in caught if issubclass(w.category, UserWarning)],
+        warnings=list(dict.fromkeys([*before.warnings, *said])) if before else said,
     )
 
 

@@ -200,7 +200,7 @@ class Grid:
             return tuple(self._typed(get_args(hint)[0], one, key) for one in value)
         if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
             with suppress(ValueError):  # YAML takes 1e-3, without a dot, for a text
-                value = float(value)
+                value = float(str(value))  # as a text, what is too large is inf
         if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
             raise self._problem(key, f"{_KINDS[hint]} is needed, got {value!r}")
         return value

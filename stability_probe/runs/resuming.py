@@ -58,7 +58,7 @@ def find_start(run: Run, resume: bool) -> Start:
     info = Run.open(run.path).info
     there = {**info.get("config", {}), "probing": info.get("probing")}
     refuse_contradiction(run.path, there, {**run.config, "probing": run.about["probing"]})
-    if _diverged(info):
+    if diverged(info):
         raise StabilityProbeError(
             f"{run.path}: diverged ({info['reason'].partition(': ')[2]}) and would do so again if "
             "it were gone on with; train with other settings in another folder"
@@ -137,7 +137,7 @@ def discard_state(run: Run) -> None:
         StabilityProbeError: if it cannot be removed.
     """
     info = Run.open(run.path).info
-    if info.get("state") != "complete" and not _diverged(info):
+    if info.get("state") != "complete" and not diverged(info):
         return
     file = run.path / STATE_FILE
     try:
@@ -147,7 +147,8 @@ def discard_state(run: Run) -> None:
         raise StabilityProbeError(f"{file}: cannot be removed ({error.strerror})") from error
 
 
-def _diverged(info: Mapping[str, Any]) -> bool:
+def diverged(info: Mapping[str, Any]) -> bool:
+    """Whether a run has diverged, by its `run.json`."""
     reason = str(info.get("reason"))
     return info.get("state") == "failed" and reason.startswith(TrainingDiverged.__name__)
 

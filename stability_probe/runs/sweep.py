@@ -22,7 +22,7 @@ from filelock import Timeout
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.ranks import RecordWarning
-from stability_probe.runs.cells import Cell, Measure, Outcome, held, work
+from stability_probe.runs.cells import OUTCOME, Cell, Measure, Outcome, held, work
 from stability_probe.runs.grid import Grid
 from stability_probe.runs.run import write_text
 from stability_probe.runs.workers import Request, Workers, hire
@@ -31,6 +31,8 @@ TRIES = 3
 """How often a run is started among others, where its process dies; then once more alone."""
 GLANCE = 0.2
 """Seconds between two looks at a run that is under way; a hundred of them take twice that."""
+RUN_FILES = ("run.json", OUTCOME)
+"""A folder with one of them is that of a run."""
 RESULTS = "results.csv"
 """The name of the table in a sweep's folder."""
 
@@ -58,12 +60,14 @@ def sweep(
         grid: the runs.
         out: folder of the sweep; on several machines, one that all of them see.
         backend: `local`, `ray` or `dask`.
-        address: of a Ray or Dask cluster; without it, one is started on this machine.
+        address: of a Ray or Dask cluster; without it, one is started on this machine, unless
+            the environment variable RAY_ADDRESS has that of a Ray cluster.
         jobs: runs at once; as many as there is room for if not given.
         threads: of each run; an equal share of the cores if not given.
         retry: also do the runs again that have failed.
         measure: makes numbers of a finished run, for the table; a function that processes can
-            import, such as `stability_probe.regression.run_numbers`.
+            import, such as `stability_probe.regression.run_numbers`. Finished runs are measured
+            again where it has another name than the one before.
         on_done: called with the name and outcome of every run that ends, in another thread.
 
     Returns:
@@ -103,11 +107,15 @@ def survey(grid: Grid, out: str | Path, measure: Measure | None = None) -> pd.Da
 
 
 def _cells(grid: Grid, out: Path, measure: Measure | None) -> list[Cell]:
-    """The runs of a grid in a sweep's folder."""
-    probing = grid.record_config()
+    """The runs of a grid in a sweep's folder, by the names that they have there.
+
+    A name that has the same values in another order is of the same run.
+    """
+    probing, runs = grid.record_config(), out / "runs"
+    there = {frozenset(name.split(",")): name for name in _folders(runs)}
+    named = [(there.get(frozenset(name.split(",")), name), run) for name, run in grid.cells()]
     return [
-        Cell(out / "runs" / name, config, probing, grid.weights, measure=measure)
-        for name, config in grid.cells()
+        Cell(runs / name, config, probing, grid.weights, measure=measure) for name, config in named
     ]
 
 
@@ -117,8 +125,12 @@ def _outcomes(out: Path, cells: Sequence[Cell]) -> dict[str, Outcome]:
     Raises:
         StabilityProbeError: if there are others in the folder, or with other settings.
     """
-    there = _folders(out / "runs")
-    strange = sorted(there - {cell.name for cell in cells})
+    runs = out / "runs"
+    there = _folders(runs)
+    unknown = there - {cell.name for cell in cells}
+    strange = sorted(
+        name for name in unknown if any((runs / name / file).exists() for file in RUN_FILES)
+    )
     if strange:
         raise StabilityProbeError(
             f"{out}: holds the run {strange[0]}, which the grid has not; add it to the grid, or "
@@ -136,8 +148,9 @@ def _outcomes(out: Path, cells: Sequence[Cell]) -> dict[str, Outcome]:
 
 
 def _folders(path: Path) -> set[str]:
-    """Names of the folders in one, which need not be there."""
-    return {entry.name for entry in os.scandir(path) if entry.is_dir()} if path.exists() else set()
+    """Names of the folders in one, which need not be there, but for hidden ones."""
+    found = [entry.name for entry in os.scandir(path) if entry.is_dir()] if path.exists() else []
+    return {name for name in found if not name.startswith(".")}
 
 
 def _do(todo: Sequence[Cell], workers: Workers, ledger: "_Ledger") -> None:
@@ -196,7 +209,8 @@ class _Ledger:
         """Take those that have failed for such as have not ended."""
         for cell in cells:
             if cell.name in self.outcomes and self.outcomes[cell.name].state == "failed":
-                cell.forget(self.outcomes.pop(cell.name))
+                del self.outcomes[cell.name]
+                cell.forget()
 
     @contextmanager
     def watching(self, cells: Sequence[Cell]) -> Iterator[Iterator[Cell]]:

@@ -6,6 +6,7 @@ gives the work to another process, and says nothing.
 """
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ BACKENDS = ("local", "ray", "dask")
 """What `hire` knows."""
 PATIENCE = 90.0
 """Seconds that a cluster is given to have room."""
+KNOCK = 10.0
+"""Seconds that the head of a Ray cluster is given to answer."""
 
 Calls = Iterable[Any]
 """Calls as `joblib.delayed` makes them."""
@@ -34,7 +37,8 @@ class Request:
 
     Attributes:
         backend: one of `BACKENDS`.
-        address: of a cluster that is there; without it, one is started on this machine.
+        address: of a cluster that is there; without it, one is started on this machine, unless
+            the environment variable RAY_ADDRESS has that of a Ray cluster.
         jobs: how many runs at once; as many as there is room for if not given.
         threads: of each run; if not given, an equal share of the cores for local ones, but no more
             than torch has here (as of OMP_NUM_THREADS), and 1 on a cluster.
@@ -136,14 +140,26 @@ def _join_ray(request: Request, threads: int, runs: int) -> None:
     address = request.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
-        if address is None:
+        if not address:
             cores = joblib.cpu_count()
             cpus = request.jobs * threads if request.jobs else max(cores, threads)
             ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
+            _knock(address)
             ray.init(address, **quiet)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:
         raise _unreachable("Ray", address, error) from error
+
+
+def _knock(address: str) -> None:
+    """See whether anything listens at HOST:PORT; Ray would go on trying for many minutes.
+
+    Raises:
+        OSError: if nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
 
 
 def _ray_errors() -> tuple[type[BaseException], ...]:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from stability_probe.runs.training import Training
+from stability_probe.runs.workers import hire
 from tests.oracles.workers import hire_nobody
 
 TEXT = """
@@ -135,3 +136,9 @@ class TestRefused:
         line = refused("sweep", calm, "--out", tmp_path / "sweep", *options)
         assert message in line
         assert not (tmp_path / "sweep").exists()
+
+    def test_a_cluster_that_is_not_there(self, refused, calm, tmp_path, monkeypatch):
+        monkeypatch.setattr(import_module("stability_probe.runs.sweep"), "hire", hire)
+        options = ("--backend", "ray", "--address", "127.0.0.1:9")
+        line = refused("sweep", calm, "--out", tmp_path / "sweep", *options)
+        assert line.startswith("sweep: no Ray cluster at 127.0.0.1:9 (")

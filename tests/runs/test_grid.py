@@ -110,6 +110,7 @@ SEEDS = {"seed": [0, 1]}
         (({}, {"patch_size": ["2"]}), "patch_size: a whole number is needed, got '2'"),
         (({}, {"seed": [[1]]}), r"seed: a whole number is needed, got \[1\]"),
         (({}, {"learning_rate": ["fast"]}), "learning_rate: a number is needed, got 'fast'"),
+        (({}, {"learning_rate": [10**400]}), "learning_rate must be positive, got inf"),
         (({"data": 3}, SEEDS), "data: a text is needed, got 3"),
         (({"data": "cats"}, SEEDS), "^grid: unknown data 'cats'; choose from"),
         (({"steps": 0}, SEEDS), "^grid: steps must be at least 1, got 0"),

@@ -88,23 +88,40 @@ class TestRuns:
         assert (sweep(GRID, tmp_path, measure=numbers)["last"] == 4).all()
         assert (tmp_path / "runs/seed=0/run.json").stat().st_mtime_ns == before
 
+    def test_are_measured_again_by_another_measure(self, tmp_path, trained):
+        def others(run):
+            return {"first": 1.0}
+
+        def none(run):
+            return {}
+
+        grid = Grid(BASE, {"seed": [0]}, PROBING)
+        before = sweep(grid, tmp_path, measure=numbers).drop(columns="last")
+        pd.testing.assert_frame_equal(
+            sweep(grid, tmp_path, measure=others), before.assign(first=1.0)
+        )
+        for _ in range(2):
+            pd.testing.assert_frame_equal(sweep(grid, tmp_path, measure=none), before)
+        assert len(trained.seen) == 3, "once for each measure"
+
+    def test_are_known_whatever_the_order_of_the_axes(self, tmp_path, trained):
+        sweep(Grid(BASE, {"seed": [0], "width": [8]}, PROBING), tmp_path)
+        frame = sweep(Grid(BASE, {"width": [8, 4], "seed": [0]}, PROBING), tmp_path)
+        assert frame.run.tolist() == trained.seen == ["seed=0,width=8", "width=4,seed=0"]
+
+    def test_are_told_from_other_folders(self, tmp_path):
+        for folder in (".ipynb_checkpoints", "notes"):
+            (tmp_path / "runs" / folder).mkdir(parents=True)
+        (tmp_path / "runs/.ipynb_checkpoints/run.json").touch()
+        assert survey(GRID, tmp_path).run.tolist() == ["seed=0", "seed=1", "seed=2"]
+
     def test_may_keep_their_weights(self, tmp_path):
-        sweep(Grid(BASE, {"seed": [0]}, PROBING, weights=True), tmp_path)
+        grid = Grid(BASE, {"seed": [0]}, PROBING, weights=True)
+        for _ in range(2):
+            assert sweep(grid, tmp_path).state.tolist() == ["complete"]
+            (tmp_path / "runs/seed=0/outcome.json").unlink()
         weights = torch.load(tmp_path / "runs/seed=0/weights.pth")
         assert "middle.0.weight" in weights or len(weights) > 2
-
-    def test_have_the_threads_of_their_workers(self, tmp_path, monkeypatch):
-        seen = []
-
-        def train(*arguments, **named):
-            seen.append(torch.get_num_threads())
-            return record_training(*arguments, **named)
-
-        monkeypatch.setattr(cells, "record_training", train)
-        (_, config), *_ = GRID.cells()
-        cell = cells.Cell(tmp_path / "run", config, GRID.record_config(), threads=3)
-        cells.work(cell, 1, False)
-        assert seen == [3] and torch.get_num_threads() == 1
 
     def test_that_were_interrupted_are_gone_on_with(self, tmp_path, monkeypatch):
         whole = sweep(GRID, tmp_path / "whole", measure=run_numbers)
@@ -142,6 +159,16 @@ class TestFailures:
         frame = sweep(DIVERGING, tmp_path, retry=True)
         assert trained.seen.count("learning_rate=1e+30") == 2
         assert frame.reason[1].startswith("TrainingDiverged"), "and not that it would do so again"
+
+    def test_that_were_never_told_of_are_found(self, tmp_path, trained):
+        folder = tmp_path / "runs/learning_rate=1e+30"
+        reason = sweep(DIVERGING, tmp_path).reason[1]
+        for retry, times in ((False, 1), (True, 1), (True, 2)):
+            if times == 1:  # its process died right after the training
+                (folder / "outcome.json").unlink()
+            assert sweep(DIVERGING, tmp_path, retry=retry).reason[1] == reason
+            assert trained.seen.count(folder.name) == times
+            assert Run.open(folder).info["state"] == "failed"
 
     @pytest.mark.parametrize("error", [StabilityProbeError("no\nsuch"), MemoryError("no such")])
     def test_of_any_kind(self, tmp_path, trained, error):
@@ -227,11 +254,18 @@ class TestRefused:
             sweep(grid, done, retry=True)
         assert contents(done) == before
 
-    def test_another_grid_where_a_run_is_half_done(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("base", "weights", "message"),
+        [
+            ({**BASE, "steps": 5}, False, "a run with steps = 4, and steps = 5"),
+            (BASE, True, "a run with weights = False, and weights = True"),
+        ],
+    )
+    def test_another_grid_where_a_run_has_no_outcome(self, tmp_path, base, weights, message):
         sweep(Grid(BASE, {"seed": [1]}, PROBING), tmp_path)
         (tmp_path / "runs/seed=1/outcome.json").unlink()
-        with pytest.raises(StabilityProbeError, match="a run with steps = 4, and steps = 5"):
-            sweep(Grid({**BASE, "steps": 5}, {"seed": [1]}, PROBING), tmp_path)
+        with pytest.raises(StabilityProbeError, match=message):
+            sweep(Grid(base, {"seed": [1]}, PROBING, weights), tmp_path)
 
     def test_a_damaged_outcome(self, done):
         (done / "runs/seed=1/outcome.json").write_text("{")

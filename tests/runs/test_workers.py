@@ -1,7 +1,10 @@
 """Who does the runs of a sweep; what is refused. That they do them is in `test_sweep`."""
 
+import os
+import socket
 import sys
 
+import joblib
 import pytest
 
 from stability_probe import StabilityProbeError
@@ -52,6 +55,55 @@ def test_cores_are_shared(monkeypatch, cores, torch_has, jobs, threads, runs, ex
     monkeypatch.setattr("torch.get_num_threads", lambda: torch_has)
     with hire(Request(jobs=jobs, threads=threads), runs) as workers:
         assert workers.threads == expected
+
+
+def test_runs_are_in_other_processes_though_there_is_one_job(tmp_path):
+    with hire(Request(jobs=1), 1) as workers:
+        workers.do([joblib.delayed(os.system)(f"echo $PPID > {tmp_path}/process")])
+    assert int((tmp_path / "process").read_text()) != os.getpid()
+
+
+def test_runs_are_handed_out_as_others_end(tmp_path):
+    ahead = []
+
+    def calls():
+        for index in range(12):
+            ahead.append(index + 1 - len(list(tmp_path.iterdir())))
+            yield joblib.delayed(os.system)(f"sleep 0.1; touch {tmp_path / str(index)}")
+
+    with hire(Request(jobs=2), 12) as workers:
+        workers.do(calls())
+    assert len(list(tmp_path.iterdir())) == 12
+    assert max(ahead) <= 4, "joblib takes as many as there are jobs at a time"
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """An address where nothing is, and no Ray that would look for it for minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray is looking for it"))
+        yield f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("client", ["", "ray://"])
+def test_a_ray_cluster_that_is_not_there(nowhere, monkeypatch, client):
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
+    message = rf"sweep: no Ray cluster at {client}{nowhere} \(.*refused\); start one, or give an"
+    with (
+        pytest.raises(StabilityProbeError, match=message),
+        hire(Request("ray", f"{client}{nowhere}"), 1),
+    ):
+        pass
+
+
+def test_a_ray_cluster_of_the_environment_that_is_not_there(nowhere, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", nowhere)
+    with (
+        pytest.raises(StabilityProbeError, match=f"no Ray cluster at {nowhere}"),
+        hire(Request("ray"), 1),
+    ):
+        pass
 
 
 def test_a_cluster_that_is_not_there(monkeypatch):
