@@ -7,6 +7,7 @@ What stability_probe adds to such a script is marked with `# probe`.
 """
 
 import argparse
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,9 +19,40 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from stability_probe import Run, StabilityProbe, find_skips, log_to, scale_skips
+from stability_probe import (
+    ProbeBatch,
+    Run,
+    StabilityProbe,
+    StabilityProbeError,
+    find_skips,
+    log_to,
+    scale_skips,
+)
 from stability_probe.runs import load_images
 from stability_probe.skips import parse_scaling
+
+
+def probe_batch(images: torch.Tensor, noise_scheduler: DDPMScheduler, seed: int) -> ProbeBatch:
+    """Samples to measure on, the same ones every time; the training draws nothing from this.
+
+    Theorems 3.1 and 3.3 need 100 to 200 samples to be decided, and 3.3 a target. Jacobian norms,
+    which cost more, are taken on the first four.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    clean_images = images[torch.randperm(len(images), generator=generator)[:200]]
+    noise = torch.randn(clean_images.shape, generator=generator)
+    timesteps = torch.randint(0, 1000, (len(noise),), generator=generator)
+    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
+    return ProbeBatch((noisy_images, timesteps), target=noise, sensitive=4)
+
+
+def input_moments(images: torch.Tensor, noise_scheduler: DDPMScheduler) -> dict[str, float]:
+    """What x_t is made of, from which Lemma 3.2 predicts its energy."""
+    return {
+        "m": images[0].numel(),
+        "second_moment": images.square().mean().item(),
+        "mean_alpha_squared": noise_scheduler.alphas_cumprod.mean().item(),
+    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -45,8 +77,10 @@ def main(args: argparse.Namespace) -> None:
     scale_skips(model, skips, parse_scaling(args.scheme))  # probe, if skips are to be scaled
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    dataset = TensorDataset(load_images("digits"))
-    dataloader = DataLoader(dataset, batch_size=args.batch_size, shuffle=True, drop_last=True)
+    images = load_images("digits")
+    dataloader = DataLoader(
+        TensorDataset(images), batch_size=args.batch_size, shuffle=True, drop_last=True
+    )
     lr_scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.steps // 10, num_training_steps=args.steps
     )
@@ -54,9 +88,18 @@ def main(args: argparse.Namespace) -> None:
         model, optimizer, dataloader, lr_scheduler
     )
     accelerator.init_trackers("logs")
-    run = Run(args.out / "run", {"scheme": args.scheme, "seed": args.seed})
+    run = Run(  # probe
+        args.out / "run",
+        {"scheme": args.scheme, "seed": args.seed},
+        about={"input": input_moments(images, noise_scheduler)},
+    )
     probing = StabilityProbe(  # probe
-        model, skips, every=args.every, run=run, on_records=log_to(accelerator)
+        model,
+        skips,
+        every=args.every,
+        run=run,
+        batch=probe_batch(images, noise_scheduler, args.seed),
+        on_records=log_to(accelerator),
     )
     global_step, losses = 0, []
     with nullcontext() if args.no_probe else probing as probe:  # probe
@@ -109,4 +152,8 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except StabilityProbeError as problem:  # a scheme that is not known, a folder in use
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
