@@ -179,16 +179,16 @@ def verify(
     """
     from stability_probe.cli.console import print_costs, print_verdicts
     from stability_probe.runs import open_runs
+    from stability_probe.runs.own_files import VERDICTS, refuse_run_file
     from stability_probe.runs.run import finite, write_json
     from stability_probe.verify import verify as verify_runs
 
     opened = open_runs(runs)
     verdicts = verify_runs(opened)
     rows = [v.as_dict() for v in verdicts]
-    file = out or (runs[0] / "verdicts.json" if len(runs) == 1 else None)
+    file = out or (runs[0] / VERDICTS if len(runs) == 1 else None)
     if file is not None:
-        if file.name == "run.json":
-            raise StabilityProbeError(f"{file}: verdicts would replace a run's own file")
+        refuse_run_file(file, "verdicts", may_be=VERDICTS)
         write_json(file, rows)
     if as_json:
         print(json.dumps(finite(rows), indent=2, ensure_ascii=False))

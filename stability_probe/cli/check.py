@@ -16,6 +16,7 @@ from stability_probe.regression.groups import group_runs
 from stability_probe.regression.reports import junit, markdown, p_value, sensitivity
 from stability_probe.regression.requirements import hold
 from stability_probe.runs import open_runs
+from stability_probe.runs.own_files import refuse_run_file
 from stability_probe.runs.run import write_text
 
 SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -58,7 +59,7 @@ def run_baseline(runs: Sequence[Path], file: Path) -> Baseline:
     Raises:
         StabilityProbeError: if they cannot be put into one, or the file cannot be written.
     """
-    _refuse_run_file(file)
+    refuse_run_file(file, "a baseline")
     baseline = collect(open_runs(runs), _command("baseline", runs, file))
     baseline.write(file)
     return baseline
@@ -78,6 +79,8 @@ def run_check(options: CheckOptions) -> Check:
     if options.update and options.baseline is None:
         raise StabilityProbeError("check: --update rewrites a baseline; say which with --baseline")
     refuse_settings(options.margin, options.alpha)
+    for report in filter(None, (options.junit, options.markdown)):
+        refuse_run_file(report, "the check")
     requirements = [parse_requirement(text) for text in options.require]
     file, then = options.baseline, Baseline([])
     if file is not None and (file.exists() or not options.update):
@@ -93,7 +96,7 @@ def run_check(options: CheckOptions) -> Check:
     found = replace(found, requirements=[hold(r, groups) for r in requirements])
     _write_reports(found, options)
     if options.update and file is not None and all(r.met for r in found.requirements):
-        _refuse_run_file(file)
+        refuse_run_file(file, "a baseline")
         for group in groups:
             before = then.group(group.name)
             if before is not None and len(before.seeds) > len(group.seeds):
@@ -110,11 +113,6 @@ def _comparable(then: Group | None, now: Group) -> bool:
 def _command(name: str, runs: Sequence[Path], file: Path) -> str:
     option = "-o" if name == "baseline" else "--update --baseline"
     return f"stability-probe {name} {shlex.join(map(str, runs))} {option} {file}"
-
-
-def _refuse_run_file(file: Path) -> None:
-    if file.name == "run.json":
-        raise StabilityProbeError(f"{file}: a baseline would replace a run's own file")
 
 
 def _write_reports(found: Check, options: CheckOptions) -> None:

@@ -19,7 +19,6 @@ Beside them stand numbers that are not tested, and tell where a change comes fro
 energy of h_0 or the sensitivity by noise level.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,14 +63,13 @@ def measures_of(run: Evidence) -> Measures:
 def run_numbers(run: Run) -> dict[str, float]:
     """Numbers of a training run for a table of many: those of `measures_of`, and two more.
 
-    `final_loss` is the mean loss over the last tenth of the recorded steps, `probe_overhead` what
-    the probe took as a share of a bare step.
+    `final_loss` is `Evidence.final_loss`, `probe_overhead` what the probe took as a share of a bare
+    step.
     """
     evidence = Evidence.of(run)
     found = measures_of(evidence).tested
-    loss = evidence.series("loss", "loss")
-    if 0 in loss:
-        found["final_loss"] = float(np.mean(loss[0].to_numpy()[-math.ceil(len(loss) / 10) :]))
+    if evidence.final_loss is not None:
+        found["final_loss"] = evidence.final_loss
     if "probe" in evidence.info:
         found["probe_overhead"] = evidence.info["probe"]["overhead"]
     return found

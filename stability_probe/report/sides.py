@@ -4,15 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from stability_probe.report.texts import NONE, flat, number, percent, shown
 from stability_probe.verify import Evidence
 from stability_probe.verify.oscillation import oscillation_table
 from stability_probe.verify.robustness import sensitivity_table
 
-LAST = 0.1
-"""Share of the recorded steps at the end that the final loss is the mean of."""
 KNOWN = ("scheme", "seed")
 """What `run.json` says beside the configuration, and what stands first."""
 
@@ -120,8 +116,8 @@ def results(evidence: Sequence[Evidence]) -> list[Row]:
         ),
         Row(
             "final loss",
-            [number(final_loss(run), 4) for run in evidence],
-            f"Mean over the last {percent(LAST)} of the recorded steps.",
+            [number(run.final_loss, 4) for run in evidence],
+            "Mean over the last tenth of the recorded steps.",
         ),
         Row(
             "swing of ‖h₀‖²",
@@ -152,15 +148,6 @@ def last_step(run: Evidence) -> str:
     """The last recorded step, noise level or network."""
     unit = {"checkpoint": "noise level", "ensemble": "network"}.get(run.kind, "step")
     return NONE if run.frame.empty else f"{unit} {int(run.frame.step.max()):,}"
-
-
-def final_loss(run: Evidence) -> float | None:
-    """Mean loss over the last recorded steps of a training; `None` if there is none."""
-    loss = run.series("loss", "loss")
-    if run.kind != "training" or 0 not in loss:
-        return None
-    values = loss[0].to_numpy()
-    return float(np.mean(values[-max(1, round(LAST * len(values))) :]))
 
 
 def swing(run: Evidence) -> float | None:

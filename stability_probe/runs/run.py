@@ -24,6 +24,7 @@ import pandas as pd
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes.records import COLUMNS, empty_frame
+from stability_probe.runs.run_json import refuse_wrong_types
 
 SCHEMA = 1
 """Version of the layout; raised when a reader of the old one would misread the new."""
@@ -64,7 +65,8 @@ class Run:
         """A run that is on disk.
 
         Raises:
-            StabilityProbeError: if the folder is not a run, or its `run.json` cannot be read.
+            StabilityProbeError: if the folder is not a run, or its `run.json` cannot be read or has
+                a field of another type than it should have.
         """
         run = cls(path)
         if not (run.path / "run.json").is_file():
@@ -72,12 +74,14 @@ class Run:
                 f"{run.path}: not a run folder (it has no run.json); "
                 "give a folder that `stability-probe train` or a StabilityProbe wrote"
             )
-        schema = run.info.get("schema")
+        info = run.info
+        schema = info.get("schema")
         if schema != SCHEMA:
             raise StabilityProbeError(
                 f"{run.path}: run.json has schema {schema!r} and this version reads {SCHEMA}"
             )
-        run.config = dict(run.info.get("config", {}))
+        refuse_wrong_types(run.path / "run.json", info)
+        run.config = dict(info.get("config", {}))
         return run
 
     @property

@@ -1,5 +1,6 @@
 """Records and what is known about the run they come from, in the shape that claims need."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -146,6 +147,17 @@ class Evidence:
         rows = self._select(metric, site)
         rows = rows[rows.stat == stat]
         return rows.pivot(index="step", columns="level", values="value")
+
+    @cached_property
+    def final_loss(self) -> float | None:
+        """Mean loss over the last tenth of the recorded steps, rounded up; `None` if there is none.
+
+        Nor is there a final one where nothing was trained.
+        """
+        loss = self.series("loss", "loss")
+        if self.kind != "training" or 0 not in loss:
+            return None
+        return float(np.mean(loss[0].to_numpy()[-math.ceil(len(loss) / 10) :]))
 
     @cached_property
     def predicted_input_energy(self) -> float | None:

@@ -211,8 +211,17 @@ class TestRefused:
     def test_a_baseline_in_the_place_of_a_run(self, refused, runs):
         before = (runs / "0" / "run.json").read_bytes()
         line = refused("baseline", runs, "-o", runs / "0" / "run.json")
-        assert "would replace a run's own file" in line
+        assert "among a run's own files" in line
         assert (runs / "0" / "run.json").read_bytes() == before
+
+    def test_a_report_in_the_place_of_a_run(self, refused, runs, file, contents):
+        before = contents(runs)
+        for option in ("--junit", "--markdown"):
+            out = runs / "0" / "outcome.json"
+            assert "among a run's own files" in refused(
+                "check", runs, "--baseline", file, option, out
+            )
+        assert contents(runs) == before
 
     def test_a_baseline_of_runs_that_differ(self, refused, tmp_path):
         seeded(tmp_path / "a", [0])

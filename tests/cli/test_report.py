@@ -2,8 +2,6 @@
 
 import pytest
 
-from stability_probe import StabilityProbeError
-from stability_probe.cli.report import refuse_run_file
 from tests.oracles.evidence import complete, ensemble, stored
 from tests.oracles.pages import Parsed
 
@@ -44,23 +42,32 @@ def test_a_file_that_cannot_be_written(refused, run, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "name", ["run.json", "verdicts.json", "training-state.pt", "records/part-000001.parquet"]
-)
+@pytest.mark.parametrize("name", ["run.json", "outcome.json", "records/part-000001.parquet"])
 def test_a_file_of_a_run_is_not_replaced(refused, run, contents, name):
     before = contents(run.path)
     assert "among a run's own files" in refused("report", run.path, "-o", run.path / name)
     assert contents(run.path) == before
 
 
-def test_a_report_may_lie_beside_the_records(run, tmp_path):
-    refuse_run_file(run.path / "report.html", [run])
-    with pytest.raises(StabilityProbeError, match="among a run's own files"):
-        refuse_run_file(tmp_path / "elsewhere" / "run.json", [run])
-
-
 def test_a_damaged_run_is_one_line(refused, tmp_path):
     run = stored(complete(), tmp_path / "run")
     next((run.path / "records").iterdir()).write_text("no parquet")
     assert "damaged" in refused("report", run.path, "-o", tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("probe", 3, "`probe`: an object is needed, got 3"),
+    ("probe", {"overhead": "x"}, '`probe.overhead`: a number is needed, got "x"'),
+    ("skips", [1], "`skips[0]`: an object is needed, got 1"),
+    ("skips", {}, "`skips`: a list is needed, got {}"),
+    ("config", [1], "`config`: an object is needed, got [1]"),
+    ("versions", 3, "`versions`: an object is needed, got 3"),
+    ("seed", {}, "`seed`: a number or a text is needed, got {}"),
+    ("probing", "x", '`probing`: an object is needed, got "x"'),
+])  # fmt: skip
+def test_a_field_of_another_type_is_one_line(refused, run, tmp_path, field, value, said):
+    run.update({field: value})
+    line = refused("report", run.path, "-o", tmp_path / "r.html")
+    assert line == f"{run.path / 'run.json'}: {said}"
     assert not (tmp_path / "r.html").exists()

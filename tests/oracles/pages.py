@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 class Parsed(HTMLParser):
     """Tags with their attributes, texts, and the rows of tables by section.
 
-    >>> page = Parsed("<section id=a><table><tr><td>1 <b>x</b><td>2</table></section>")
+    >>> page = Parsed("<section id=a><table><tr><td>1 <b>x</b><td>2_<wbr>3</table></section>")
     >>> page.rows["a"], page.text
-    ([['1 x', '2']], '1 x 2')
+    ([['1 x', '2_3']], '1 x 2_3')
     """
 
     def __init__(self, html: str) -> None:
@@ -16,7 +16,7 @@ class Parsed(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: dict[str, list[list[str]]] = {}
         self.texts: list[str] = []
-        self._section, self._hidden, self._in_table = "", False, False
+        self._section, self._hidden, self._in_table, self._joined = "", False, False, False
         self.feed(html)
 
     @property
@@ -31,7 +31,7 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag, attrs) -> None:
         found = dict(attrs)
         self.tags.append((tag, found))
-        self._hidden = tag in ("script", "style")
+        self._hidden, self._joined = tag in ("script", "style"), tag == "wbr"
         if tag == "section":
             self._section = found.get("id") or ""
         rows = self.rows.setdefault(self._section, [])
@@ -50,7 +50,8 @@ class Parsed(HTMLParser):
     def handle_data(self, data) -> None:
         if self._hidden:
             return
-        self.texts.append(data)
+        space = "" if self._joined else " "  # a line may be broken there, and a word is not
+        self.texts.append(self.texts.pop() + data if self._joined else data)
         rows = self.rows.get(self._section)
         if self._in_table and rows and rows[-1]:
-            rows[-1][-1] = " ".join(f"{rows[-1][-1]} {data}".split())
+            rows[-1][-1] = " ".join(f"{rows[-1][-1]}{space}{data}".split())

@@ -161,6 +161,18 @@ class TestInABrowser:
             assert (back == "rgb(255, 255, 255)") == (colours == "light")
             assert page.title() == "Training stability report"
 
+    @pytest.mark.parametrize("width", [1200, 1000])
+    def test_the_verdicts_need_no_scrolling(self, chromium, report_file, width):
+        with opened(chromium, report_file, width=width) as (page, _):
+            needed, there = page.locator("#verdicts .scroll").evaluate(
+                "box => [box.scrollWidth, box.clientWidth]"
+            )
+            assert needed <= there
+            lines = page.locator("#verdicts td.number").evaluate_all(
+                "cells => cells.map(c => c.innerText && getComputedStyle(c).whiteSpace)"
+            )
+            assert {*lines} <= {"", "nowrap"} and "nowrap" in lines
+
     def test_a_phone_shows_figures_at_a_legible_size(self, chromium, report_file):
         with opened(chromium, report_file, width=390) as (page, _):
             shown = "i => i.getBoundingClientRect().width / i.getAttribute('width')"

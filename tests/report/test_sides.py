@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
 
+from stability_probe.regression import run_numbers
 from stability_probe.report.sides import (
-    final_loss,
     kappa_text,
     overhead,
     settings_of,
@@ -17,6 +17,7 @@ from tests.oracles.evidence import (
     complete,
     ensemble,
     relabelled,
+    stored,
     trace,
     training,
     with_paths,
@@ -61,6 +62,13 @@ def test_results_of_a_training():
     assert "overhead of the probe" not in found  # none says it
 
 
+def test_the_final_loss_is_the_one_of_a_sweeps_table(tmp_path):
+    run = trace(steps=25)  # a tenth of which is no whole number
+    found = rows(side_by_side([run])[0], "results")
+    number = run_numbers(stored(run, tmp_path / "run"))["final_loss"]
+    assert found["final loss"] == [f"{number:.4g}"]
+
+
 def test_results_of_a_checkpoint_are_by_noise_level():
     found = rows(side_by_side([checkpoint()])[0], "results")
     assert found["sensitivity σ_max(J)"] == ["4, 4, 4"] and found["records up to"] == [
@@ -83,7 +91,7 @@ def test_whatever_is_missing_is_a_dash_or_left_out(run):
 
 
 def test_nothing_recorded():
-    assert final_loss(training()) is None and swing(training()) is None
+    assert training().final_loss is None and swing(training()) is None
 
 
 def test_a_diverged_run_has_an_infinite_swing():

@@ -140,3 +140,16 @@ class TestGather:
     def test_nothing(self):
         with pytest.raises(StabilityProbeError, match="at least one run is needed, got none"):
             gather([])
+
+
+@pytest.mark.parametrize(("steps", "last"), [(1, 1), (10, 1), (11, 2), (25, 3), (30, 3)])
+def test_the_final_loss_is_the_mean_of_the_last_tenth_rounded_up(steps, last):
+    losses = np.arange(steps, dtype=float)[:, None] ** 2
+    run = training(traced("loss", "loss", losses))
+    assert run.final_loss == pytest.approx(losses[-last:].mean())
+
+
+def test_no_final_loss_without_losses_or_training():
+    loss = traced("loss", "loss", [[1.0]])
+    assert training().final_loss is None
+    assert training(loss, kind="checkpoint").final_loss is None
