@@ -7,7 +7,7 @@ from stability_probe.cli.console import progress
 from stability_probe.errors import StabilityProbeError
 from stability_probe.report import write_report
 from stability_probe.runs import Run, open_runs
-from stability_probe.runs.resuming import STATE_FILE
+from stability_probe.runs.run import STATE_FILE
 
 OWN = ("run.json", "verdicts.json", STATE_FILE)
 """Files that a run has in its folder."""
