@@ -81,6 +81,9 @@ def train(
     sensitivity_every: Annotated[
         int | None, _setting("100", "Steps between sensitivity measurements; 0 for none.")
     ] = None,
+    probe_samples: Annotated[
+        int | None, _setting("96", "Samples that energies and gradients are measured on then.")
+    ] = None,
     paths: Annotated[
         bool | None,
         typer.Option("--paths", help="Measure the path through every skip with the sensitivity."),
@@ -116,7 +119,7 @@ def train(
         "n_skips": n_skips, "width": width, "batch_size": batch_size,
         "learning_rate": learning_rate, "patch_size": patch_size, "precision": precision,
         "every": every, "sensitivity_every": sensitivity_every, "save_every": save_every,
-        "paths": paths,
+        "probe_samples": probe_samples, "paths": paths,
     }  # fmt: skip
     given = {name: value for name, value in settings.items() if value is not None}
     run_train(TrainOptions(out, given, resume, weights, track or ()))

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stability_probe.runs import Run
+from stability_probe.runs.run import short_names
 from stability_probe.skips import SkipConnection
 from stability_probe.verify import Verdict
 
@@ -26,12 +27,12 @@ PIPE_WIDTH = 164
 """Columns of a table that is not printed to a terminal."""
 _COLUMNS = {
     "run": 24,
+    "verdict": 16,
     "measured": 10,
     "bound": 10,
     "slack": 10,
     "rests on": 76,
     "n": 5,
-    "verdict": 16,
 }
 _COLOURS = {
     "HOLDS": "green",
@@ -44,8 +45,8 @@ _COLOURS = {
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print verdicts claim by claim, and below them what to make of those that do not hold.
 
-    The columns: run, measured value, bound, slack = bound / measured, the statistic that the
-    verdict rests on with its interval and that one's level, number of independent units, verdict.
+    The columns: run, verdict, measured value, bound, slack = bound / measured, the statistic that
+    the verdict rests on with its interval and that one's level, number of independent units.
     """
     console = out()
     header = {name: name for name in _COLUMNS} | {"rests on": "rests on: value [interval] level"}
@@ -62,8 +63,8 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 def _row(v: Verdict) -> list[Text]:
     numbers = [number(x) for x in (v.measured, v.bound, v.slack)]
-    cells = [Text(text) for text in (v.run, *numbers, _rests_on(v), str(v.n))]
-    return [*cells, Text(v.status, style=_COLOURS[v.status])]
+    cells = [Text(text) for text in (*numbers, _rests_on(v), str(v.n))]
+    return [Text(v.run), Text(v.status, style=_COLOURS[v.status]), *cells]
 
 
 def _table(rows: Sequence[Sequence[Text]]) -> Table:
@@ -83,8 +84,8 @@ def print_costs(runs: Sequence[Run]) -> None:
     The overhead is that of hooks, steps and storing, over the time in which the probe did nothing;
     the scheduled measurements are apart.
     """
-    costs = {run.name: run.info.get("probe") for run in runs}
-    known = {name: cost for name, cost in costs.items() if cost}
+    costs = [(run.path, run.info.get("probe")) for run in runs]
+    known = [(path, cost) for path, cost in costs if cost]
     if not known:
         return
     names = {
@@ -92,7 +93,7 @@ def print_costs(runs: Sequence[Run]) -> None:
         "sensitivity_s": "measurements", "elapsed_s": "whole run",
     }  # fmt: skip
     table = plain_table(["run", "overhead", *names.values()], left=["run"])
-    for name, cost in known.items():
+    for name, (_, cost) in zip(short_names([path for path, _ in known]), known, strict=True):
         seconds = [number(cost[key]) for key in names]
         table.add_row(name, f"{cost['overhead']:.1%}", *seconds)
     console = out()

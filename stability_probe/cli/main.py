@@ -39,6 +39,13 @@ def main() -> None:
     sys.exit(code)
 
 
+def _command(problem: Any) -> str:
+    """The command that a problem is with."""
+    context = getattr(problem, "ctx", None)
+    sub = context is not None and context.parent is not None
+    return f"stability-probe {context.info_name}" if sub else "stability-probe"
+
+
 def _run() -> Any:
     """Run the command line; the exit code."""
     try:
@@ -46,7 +53,7 @@ def _run() -> Any:
         if code == INTERRUPTED:  # typer has caught the interrupt itself
             raise KeyboardInterrupt
     except UsageProblem as problem:
-        error(f"{problem.format_message()} See `stability-probe --help`.")
+        error(f"{problem.format_message()} See `{_command(problem)} --help`.")
         return 2
     except StabilityProbeError as problem:
         error(str(problem))

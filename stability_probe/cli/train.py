@@ -1,5 +1,6 @@
 """`stability-probe train`: from its options to a recorded run, in one sitting or several."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from stability_probe.runs.processes import from_main, is_main, join, leave
 from stability_probe.runs.recording import recorded_settings
 from stability_probe.runs.resuming import refuse_contradiction
 
-PROBING = ("every", "sensitivity_every", "save_every", "paths")
+PROBING = ("every", "sensitivity_every", "save_every", "probe_samples", "paths")
 """Options that are settings of the probe; the others are of the training."""
 
 
@@ -63,6 +64,8 @@ def run_train(options: TrainOptions) -> None:
             )
         if is_main():
             _report(run, finished)
+            if "tensorboard" in options.track:
+                print(f"curves: tensorboard --logdir {shlex.quote(str(run.path / 'tensorboard'))}")
     finally:
         leave()
 

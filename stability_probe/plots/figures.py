@@ -291,7 +291,13 @@ def grid(
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(size[0] * columns, 6), size[1] * rows + 0.9))
-        axes = figure.subplots(rows, columns, squeeze=False, sharex=rows > 1 if sharex is None else sharex, sharey=sharey)
+        axes = figure.subplots(
+            rows,
+            columns,
+            squeeze=False,
+            sharex=rows > 1 if sharex is None else sharex,
+            sharey=sharey,
+        )
     return figure, axes
 
 

@@ -9,6 +9,7 @@ from stability_probe.errors import StabilityProbeError
 from stability_probe.regression.measures import Measures, measures_of
 from stability_probe.runs import Run
 from stability_probe.runs.commands import train_command
+from stability_probe.runs.run import short_names
 from stability_probe.verify import Evidence, verify
 
 SEED_OF_NONE = "none"
@@ -134,9 +135,10 @@ def _group(name: str, runs: Sequence[Run]) -> Group:
     for run, about in zip(runs, abouts, strict=True):
         found = differences(abouts[0], about)
         if found:
+            which = " and ".join(short_names([first.path, run.path]))
             raise StabilityProbeError(
                 f"{runs_of(name)} have to differ by their seed alone: {found[0]} in "
-                f"{first.path.name} and {run.path.name}; give those of one configuration"
+                f"{which}; give those of one configuration"
             )
     seeds = [_seed(run.info) for run in runs]
     _refuse_dependent(name, runs, seeds)
@@ -160,9 +162,8 @@ def _refuse_dependent(name: str, runs: Sequence[Run], seeds: Sequence[str]) -> N
     doubled = next((seed for seed in seeds if seeds.count(seed) > 1), None)
     if doubled is None:
         return
-    which = " and ".join(
-        run.path.name for run, seed in zip(runs, seeds, strict=True) if seed == doubled
-    )
+    paths = [run.path for run, seed in zip(runs, seeds, strict=True) if seed == doubled]
+    which = " and ".join(short_names(paths))
     if doubled == SEED_OF_NONE:
         raise StabilityProbeError(
             f"{runs_of(name)}: {which} say no seed, so that they may be one run twice; record it "

@@ -138,10 +138,12 @@ def _unknown(requirement: Requirement, group: Group) -> StabilityProbeError:
     known = [*group.tested, *THEOREMS]
     near = difflib.get_close_matches(requirement.name, known, n=3) or known[:3]
     paths = "; paths are recorded with `train --paths`" if "path" in requirement.name else ""
+    words = ", ".join(dict.fromkeys(name.partition(".")[0] for name in group.tested))
+    every = f" (they begin with {words}; a file that `baseline` writes has all)" if words else ""
     return _error(
         requirement.text,
         requirement.text.index(requirement.name),
-        f"a name that all of {runs_of(group.name)} have, such as {', '.join(near)}{paths},",
+        f"a name that all of {runs_of(group.name)} have, such as {', '.join(near)}{every}{paths},",
     )
 
 

@@ -16,7 +16,7 @@ TRAINING = (
     "patch_size", "precision",
 )  # fmt: skip
 """Settings of a training that `stability-probe train` takes as options, but for its seed."""
-PROBING = ("every", "sensitivity_every", "paths")
+PROBING = ("every", "sensitivity_every", "probe_samples", "paths")
 """Settings of its probe that are options and that records depend on."""
 CHECKPOINT = (
     "model", "model_args", "weights", "trust_pickle", "partial", "skips", "input", "kwargs",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from stability_probe.errors import StabilityProbeError
 from stability_probe.runs.cells import ATTEMPTS, LOCK, OUTCOME, WEIGHTS
-from stability_probe.runs.resuming import STATE_FILE
+from stability_probe.runs.run import STATE_FILE
 
 VERDICTS = "verdicts.json"
 OWN = ("run.json", VERDICTS, STATE_FILE, WEIGHTS, OUTCOME, ATTEMPTS, LOCK)

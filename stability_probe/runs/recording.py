@@ -71,7 +71,7 @@ class RecordConfig:
             stopped goes on; 0 for none.
 
     Raises:
-        StabilityProbeError: if `save_every` is negative.
+        StabilityProbeError: if `save_every` is negative or there are no samples.
     """
 
     every: int = 1
@@ -85,6 +85,9 @@ class RecordConfig:
     def __post_init__(self) -> None:
         if self.save_every < 0:
             raise StabilityProbeError(f"save_every must be at least 0, got {self.save_every}")
+        for name in ("probe_samples", "sensitive_samples"):
+            if getattr(self, name) < 1:
+                raise StabilityProbeError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def as_dict(self) -> dict[str, Any]:
         """The settings, as JSON has them."""

@@ -18,10 +18,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import torch
 
 from stability_probe.errors import StabilityProbeError, TrainingDiverged
-from stability_probe.runs.run import Run, put_in_place
-
-STATE_FILE = "training-state.pt"
-"""The name of the training state in a run folder."""
+from stability_probe.runs.run import STATE_FILE, Run, put_in_place
 
 T = TypeVar("T")
 

@@ -29,6 +29,9 @@ from stability_probe.runs.run_json import refuse_wrong_types
 SCHEMA = 1
 """Version of the layout; raised when a reader of the old one would misread the new."""
 
+STATE_FILE = "training-state.pt"
+"""The name of the training state in a run folder."""
+
 _CATEGORIES = ("metric", "site", "stat")
 
 
@@ -109,14 +112,13 @@ class Run:
         """Make the folder and write `run.json` with state `running`.
 
         Raises:
-            StabilityProbeError: if the folder holds a run already that has not been cleared, or
-                cannot be written.
+            StabilityProbeError: if `refuse_if_taken` says so and the run has not been cleared, or
+                the folder cannot be written.
         """
         if not self._cleared:
             self.refuse_if_taken()
         try:
             (self.path / "records").mkdir(parents=True, exist_ok=True)
-            (self.path / "figures").mkdir(exist_ok=True)
         except OSError as error:
             raise StabilityProbeError(
                 f"{self.path}: cannot be written ({error.strerror}); choose another folder"
@@ -150,23 +152,48 @@ class Run:
         self._cleared = True
 
     def refuse_if_taken(self) -> None:
-        """Check that the folder is free for a run.
+        """Check that the folder is free for a run: one that failed with no record may be replaced.
 
         Raises:
-            StabilityProbeError: if it holds one already, or cannot be looked at.
+            StabilityProbeError: if it holds another run, or cannot be looked at.
         """
         try:
-            taken = (self.path / "run.json").exists() or bool(self._parts())
             if self.path.exists() and not self.path.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+            there, empty = (self.path / "run.json").exists(), self._nothing_recorded()
         except OSError as error:
             raise StabilityProbeError(
                 f"{self.path}: cannot be written ({error.strerror}); choose another folder"
             ) from error
-        if taken:
+        state = self._state() if there else "failed"
+        if empty and state == "failed":
+            return
+        if empty and state == "running":
             raise StabilityProbeError(
-                f"{self.path}: holds a run already, which would be lost; choose another folder"
+                f"{self.path}: holds a run already, with no records yet, that may still be "
+                "running; if it is not, remove the folder, or choose another one"
             )
+        raise StabilityProbeError(
+            f"{self.path}: holds a run already, which would be lost; choose another folder"
+        )
+
+    def _nothing_recorded(self) -> bool:
+        """Whether there is no record, whole or not, and nothing that a training could go on from.
+
+        Raises:
+            OSError: if that cannot be seen.
+        """
+        records = self.path / "records"
+        if records.is_dir() and any(records.iterdir()):
+            return False
+        return not (self.path / STATE_FILE).exists()
+
+    def _state(self) -> str:
+        """What `run.json` says of how the run stands; `unknown` if it cannot be read."""
+        try:
+            return str(self.info.get("state"))
+        except StabilityProbeError:
+            return "unknown"
 
     def update(self, info: Mapping[str, Any]) -> None:
         """Add to `run.json`, or replace what is there."""
@@ -297,11 +324,14 @@ def finite(value: Any) -> Any:
 def open_runs(paths: Sequence[str | Path]) -> list[Run]:
     """Runs from folders, each once; a folder that is not a run stands for the runs below it.
 
+    A run's `run.json` stands for its folder.
+
     Raises:
         StabilityProbeError: if a path is neither a run nor contains one.
     """
     folders: dict[Path, Path] = {}
     for path in map(Path, paths):
+        path = path.parent if path.name == "run.json" and path.is_file() else path
         here = [path] if (path / "run.json").exists() else []
         inside = here or sorted(file.parent for file in path.rglob("run.json"))
         if not inside:
@@ -310,6 +340,22 @@ def open_runs(paths: Sequence[str | Path]) -> list[Run]:
             )
         folders.update({folder.resolve(): folder for folder in inside})
     return [Run.open(folder) for folder in folders.values()]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest end of every path that no other ends with.
+
+    >>> short_names([Path("out/a/run"), Path("out/b/run"), Path("out/b/cs")])
+    ['a/run', 'b/run', 'cs']
+    """
+    parts = [path.absolute().parts for path in paths]
+
+    def short(own: tuple[str, ...]) -> str:
+        ends = (own[-n:] for n in range(1, len(own)))
+        alone = (end for end in ends if sum(p[-len(end) :] == end for p in parts) == 1)
+        return str(Path(*next(alone, own)))
+
+    return [short(own) for own in parts]
 
 
 def put_in_place(partial: Path, final: Path) -> None:

@@ -23,6 +23,7 @@ from stability_probe.skips.candidates import candidates
 from stability_probe.skips.compiled import uncompiled
 from stability_probe.skips.connection import SkipConnection
 from stability_probe.skips.places import describe
+from stability_probe.skips.taps import untapped
 from stability_probe.skips.trace import trace
 from stability_probe.skips.waist import long_skips
 
@@ -31,7 +32,8 @@ def find_skips(model: nn.Module, *args: Any, **kwargs: Any) -> list[SkipConnecti
     """The long skips of a model, outermost (level 1) first; `[]` when it has none.
 
     The model runs once, in evaluation mode and without gradients; it is left as it was. What it
-    does for the example's shapes is what is seen.
+    does for the example's shapes is what is seen. What `scale_skips` or a probe has put into it is
+    left aside, so that the skips, and their `kappa`, are those of the model's own code.
 
     Args:
         model: any module.
@@ -57,7 +59,7 @@ def find_skips(model: nn.Module, *args: Any, **kwargs: Any) -> list[SkipConnecti
     []
     """
     model = uncompiled(model)
-    with evaluating(model):
+    with evaluating(model), untapped():
         flow = trace(model, args, kwargs)
     if not any(node >= 0 for node in flow.calls[0].outputs):
         raise StabilityProbeError(
@@ -89,7 +91,7 @@ def choose_skips(
     stability_probe.errors.StabilityProbeError: skips: no merge from '0' into '1'; there are none
     """
     model = uncompiled(model)
-    with evaluating(model):
+    with evaluating(model), untapped():
         flow = trace(model, args, kwargs)
     spans = sorted(candidates(flow), key=lambda s: (s.start, -s.end))
     named = [(span, describe(flow, [span])[0]) for span in spans]

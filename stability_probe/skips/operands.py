@@ -25,6 +25,7 @@ from stability_probe.skips.taps import (
     Handle,
     TensorFn,
     count_calls,
+    is_untapped,
     stays_behind,
     submodule,
 )
@@ -78,7 +79,7 @@ class _Site:
     @property
     def on(self) -> bool:
         """Whether this call of the module is meant."""
-        return self.counter is None or self.counter.now
+        return not is_untapped() and (self.counter is None or self.counter.now)
 
 
 class _WatchedForward:

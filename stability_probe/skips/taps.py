@@ -7,8 +7,9 @@ Hooks are objects, not closures, so that a deep copy of a model copies what they
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +21,25 @@ from stability_probe.skips.compiled import forget_compiled
 
 TensorFn = Callable[[Tensor], Tensor | None]
 """Called with the tensor at a tap; a tensor that it returns takes the place of the first."""
+
+
+_HERE = threading.local()
+"""`bare` while this thread runs models so; `torch.compile` cannot follow a `ContextVar`."""
+
+
+@contextmanager
+def untapped() -> Iterator[None]:
+    """Run models as their own code has them: nothing that is attached to a tap is called."""
+    before, _HERE.bare = is_untapped(), True
+    try:
+        yield
+    finally:
+        _HERE.bare = before
+
+
+def is_untapped() -> bool:
+    """Whether models run so now."""
+    return bool(getattr(_HERE, "bare", False))
 
 
 class Observer:
@@ -168,7 +188,7 @@ class _OutputHook:
     last: bool
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.counter is not None and not self.counter.now:
+        if is_untapped() or (self.counter is not None and not self.counter.now):
             return None
         new = self.fn(first_tensor(output))
         return None if new is None else _with_first_tensor(output, new)
@@ -185,7 +205,7 @@ class _ArgumentHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self.counter is not None and not self.counter.now:
+        if is_untapped() or (self.counter is not None and not self.counter.now):
             return None
         name, item = self.tap.argument, self.tap.item
         by_name = name in kwargs

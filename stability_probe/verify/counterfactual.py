@@ -5,14 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from stability_probe.theory import skip_energy_sum
+from stability_probe.verify.advice import larger_batch
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import (
     ALPHA,
     FEWEST_UNITS,
     Interval,
+    enough_units,
     least_mean_interval,
     ratio_units,
-    units_needed,
 )
 from stability_probe.verify.verdict import Status, Verdict
 
@@ -106,11 +107,11 @@ def counterfactual_verdict(run: Evidence, alpha: float = ALPHA) -> Verdict:
     )
     if status == "INCONCLUSIVE":
         needed = (
-            units_needed(n, float(explained[worst]), share, LINEAR)
+            enough_units(n, float(explained[worst]), share, LINEAR)
             if share[0] < LINEAR
-            else units_needed(n, float(slope[flattest].mean()), rise, 0.0)
+            else enough_units(n, float(slope[flattest].mean()), rise, 0.0)
         )
-        advice += f"; too few samples to tell, {needed} would"
+        advice += f"; too few samples to tell: {larger_batch(run, needed)}"
     return Verdict(
         "3.1",
         run.name,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pandas as pd
 from stability_probe.errors import StabilityProbeError
 from stability_probe.probes import COLUMNS
 from stability_probe.runs import Run
+from stability_probe.runs.run import short_names
 from stability_probe.theory import input_energy
 
 SAME_GAIN = 1e-4
@@ -232,12 +234,20 @@ def gather(source: pd.DataFrame | Run | Sequence[Run]) -> list[Evidence]:
     if not runs:
         raise StabilityProbeError("verify: at least one run is needed, got none")
     found = sorted(map(Evidence.of, runs), key=lambda e: -sum(k**2 for k in e.kappa))
-    for detail in ("seed", "path"):  # added to the names that would be the same without it
-        taken = Counter((e.kind, e.name) for e in found)
-        found = [
-            replace(e, name=f"{e.name} {detail} {e.info[detail]}")
-            if taken[e.kind, e.name] > 1 and detail in e.info
-            else e
-            for e in found
-        ]
-    return found
+    seeds = [f"{e.name} seed {e.info.get('seed')}" if "seed" in e.info else e.name for e in found]
+    found = _named_apart(found, seeds)
+    folders = [Path(e.info["path"]) for e in found]
+    places = [
+        short if e.name == folder.name else f"{e.name} in {short}"
+        for e, folder, short in zip(found, folders, short_names(folders), strict=True)
+    ]
+    return _named_apart(found, places)
+
+
+def _named_apart(found: Sequence[Evidence], names: Sequence[str]) -> list[Evidence]:
+    """The same with other names for those of a kind that have one name."""
+    taken = Counter((e.kind, e.name) for e in found)
+    return [
+        replace(e, name=name) if taken[e.kind, e.name] > 1 else e
+        for e, name in zip(found, names, strict=True)
+    ]

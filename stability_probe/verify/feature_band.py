@@ -7,13 +7,14 @@ from scipy.optimize import least_squares
 
 from stability_probe.theory import feature_band, skip_energy_sum
 from stability_probe.theory.huang2023_features import Index
+from stability_probe.verify.advice import larger_batch, nothing_measured
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import (
     ALPHA,
+    enough_units,
     fewest_for_share,
     least_share_interval,
     share_status,
-    units_needed,
 )
 from stability_probe.verify.verdict import Verdict
 
@@ -104,7 +105,12 @@ def feature_band_verdict(run: Evidence, index: Index = "tight", alpha: float = A
     n = h.shape[2] // 2 if h.size else 0
     fewest = fewest_for_share(REQUIRED, alpha)
     if n < fewest:
-        advice = f"{n} held-out samples; a probe batch of {2 * fewest} is needed"
+        advice = (
+            f"{n} held-out samples; a probe batch of {2 * fewest} is needed: "
+            + larger_batch(run, 2 * fewest)
+            if h.size
+            else nothing_measured(run)
+        )
         return Verdict.undecided("3.1", run.name, claim, advice, n=n)
     if not _sound(x, h):
         advice = "some energy is zero, infinite or NaN: the network has broken down"
@@ -131,8 +137,8 @@ def feature_band_verdict(run: Evidence, index: Index = "tight", alpha: float = A
     meaning = {
         "HOLDS": f"ρ = {min(rho):.2f}..{max(rho):.2f} does",
         "VIOLATED": f"energies spread more than Σκ² and ρ ≤ {WIDEST} allow",
-        "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch to "
-        + units_needed(2 * n, share, interval, REQUIRED),
+        "INCONCLUSIVE": "too few samples to tell; "
+        + larger_batch(run, enough_units(2 * n, share, interval, REQUIRED)),
     }[status] + f"; Σκ²‖x_t‖² explains {max(explained, 0):.0%} of the variation of log ‖h_i‖²"
     measured_gains = "; κ is the mean measured gain, as it depends on the input"
     return Verdict(

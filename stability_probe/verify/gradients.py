@@ -5,16 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from stability_probe.theory import gradient_bound, gradient_scale
+from stability_probe.verify.advice import larger_batch, nothing_measured, target_missing
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import (
     ALPHA,
     at_most_status,
+    enough_units,
     fewest_for_share,
     least_share_interval,
     ratio_units,
     share_status,
     student_interval,
-    units_needed,
 )
 from stability_probe.verify.verdict import Verdict
 
@@ -126,8 +127,8 @@ def gradient_slope_verdict(run: Evidence, alpha: float = ALPHA) -> Verdict:
         "HOLDS": "the order of the bound is right",
         "VIOLATED": "gradients grow faster than the bound over this range, which therefore "
         "holds through its constant alone",
-        "INCONCLUSIVE": "a slope of 1 is inside the interval; enlarge the probe batch to "
-        + units_needed(len(cross), estimate, interval, 1.0),
+        "INCONCLUSIVE": "a slope of 1 is inside the interval; "
+        + larger_batch(run, enough_units(len(cross), estimate, interval, 1.0)),
     }[status]
     apart = f"{over_samples:.2g} over samples within a level, {over_levels:.2g} over levels"
     return Verdict(
@@ -173,8 +174,8 @@ def gradient_bound_verdict(run: Evidence, alpha: float = ALPHA) -> Verdict:
     meaning = {
         "HOLDS": "constants from easy samples cover the hard ones",
         "VIOLATED": "constants from easy samples do not cover the hard ones",
-        "INCONCLUSIVE": "too few samples to tell; enlarge the probe batch to "
-        + units_needed(found.x.shape[1], share, interval, REQUIRED),
+        "INCONCLUSIVE": "too few samples to tell; "
+        + larger_batch(run, enough_units(found.x.shape[1], share, interval, REQUIRED)),
     }[status]
     return Verdict(
         "3.3",
@@ -197,15 +198,24 @@ def _unfit(run: Evidence, found: Gradients, claim: str, alpha: float) -> Verdict
     n = found.loss.shape[1]
     fewest = 2 * fewest_for_share(REQUIRED, alpha)
     if n < fewest or not found.energy:
-        advice = (
-            f"per-sample gradients of {n} samples were recorded; {fewest} are "
-            "needed, from a probe batch with a target (of a checkpoint: --target)"
-        )
+        advice = _missing(run, n, fewest)
         return Verdict.undecided("3.3", run.name, claim, advice, n=n)
     if not found.sound:
         advice = "some gradient, loss or ‖x_t‖² is 0, infinite or NaN: the network has broken down"
         return Verdict.undecided("3.3", run.name, claim, advice, n=n, unmet=True)
     return None
+
+
+def _missing(run: Evidence, n: int, fewest: int) -> str:
+    """Which gradients of single samples are missing, of n that were measured, and why."""
+    if not run.samples("sample_energy", "x").size:
+        return nothing_measured(run)
+    if n == 0:
+        return f"no gradients of single samples were measured: {target_missing(run, fewest)}"
+    if n >= fewest:
+        return "no block that a skip feeds has gradients: its parameters are frozen"
+    recorded = f"per-sample gradients of {n} samples were recorded; {fewest} are needed"
+    return f"{recorded}: {larger_batch(run, fewest)}"
 
 
 def _log_pairs(found: Gradients) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from stability_probe.verify.advice import input_missing
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import (
     ALPHA,
@@ -29,11 +30,7 @@ def input_energy_verdict(runs: Sequence[Evidence], alpha: float = ALPHA) -> Verd
     claim = "mean ‖x_t‖² = (1 − (1 − s₀²) E[α²]) m"
     described = [run for run in runs if run.predicted_input_energy is not None]
     if not described:
-        advice = (
-            "the records do not say what data and noise schedule they come from; "
-            "pass a Run whose run.json has `input`"
-        )
-        return Verdict.undecided("3.2", _names(runs), claim, advice)
+        return Verdict.undecided("3.2", _names(runs), claim, input_missing())
     longest_last = sorted(described, key=lambda run: len(run.input_energies))
     by_seed = {run.info.get("seed"): run for run in longest_last}
     energies = np.concatenate([run.input_energies.to_numpy() for run in by_seed.values()])

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from stability_probe.theory import blockwise_bound, max_block_gain, pathwise_bound, robustness_bound
+from stability_probe.verify.advice import nothing_measured
 from stability_probe.verify.evidence import Evidence
 from stability_probe.verify.statistics import share_interval
 from stability_probe.verify.verdict import Status, Verdict
@@ -173,8 +174,7 @@ def robustness_verdict(run: Evidence) -> Verdict:
     claim = "‖Δout‖/ε ≤ σ_max(J) ≤ Σκ_i M₀ⁱ + M₀ᴺL₀ at every point"
     chain = robustness_chain(run)
     if chain is None:
-        advice = "no sensitivity was measured; set sensitivity_every above 0"
-        return Verdict.undecided("3.4", run.name, claim, advice)
+        return Verdict.undecided("3.4", run.name, claim, nothing_measured(run))
     ordered, n = chain.ordered, chain.exact.shape[1]
     broken = int((~chain.sound).sum())
     if broken:

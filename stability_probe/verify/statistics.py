@@ -154,19 +154,27 @@ def fewest_for_share(required: float, alpha: float = ALPHA) -> int:
     return math.ceil(math.log(alpha) / math.log(required))
 
 
-def units_needed(n: int, estimate: float, interval: Interval, limit: float) -> str:
-    """How many units would tell an estimate from a limit that its interval straddles, in words.
+def enough_units(n: int, estimate: float, interval: Interval, limit: float) -> int | None:
+    """How many units would tell an estimate from a limit that its interval straddles.
 
-    Intervals shrink as 1/√n.
+    Intervals shrink as 1/√n. `None` is more than can be said.
+
+    >>> enough_units(100, 0.9, (0.8, 1.0), 0.85)
+    400
+    """
+    far = abs(estimate - limit)
+    width = interval[1] - estimate if limit > estimate else estimate - interval[0]
+    return None if far <= 0.05 * width else math.ceil(n * (width / far) ** 2 - 1e-9)
+
+
+def units_needed(n: int, estimate: float, interval: Interval, limit: float) -> str:
+    """The same in words.
 
     >>> units_needed(100, 0.9, (0.8, 1.0), 0.85)
     'about 400'
     """
-    far = abs(estimate - limit)
-    width = interval[1] - estimate if limit > estimate else estimate - interval[0]
-    if far <= 0.05 * width:
-        return "very many"
-    return f"about {math.ceil(n * (width / far) ** 2 - 1e-9)}"
+    enough = enough_units(n, estimate, interval, limit)
+    return "very many" if enough is None else f"about {enough}"
 
 
 def share_status(interval: Interval, required: float) -> Status:

@@ -46,6 +46,7 @@ class TestBadInput:
             (("--width", 0), "width must be at least 1, got 0"),
             (("--width", 6), "embed_dim must be a multiple of num_heads, got 6 and 4"),
             (("--batch-size", 0), "batch_size must be at least 1, got 0"),
+            (("--probe-samples", 0), "probe_samples must be at least 1, got 0"),
             (("--every", 0), "every must be at least 1"),
             (("--sensitivity-every", -1), "sensitivity_every at least 0"),
             (("--learning-rate", 0), "learning_rate must be positive, got 0"),
@@ -78,6 +79,17 @@ class TestBadInput:
     )
     def test_commands(self, refused, args, message):
         assert message in refused(*args)
+
+    @pytest.mark.parametrize(
+        ("args", "command"),
+        [
+            (("nonsense",), "stability-probe"),
+            (("verify",), "stability-probe verify"),
+            (("train", "--nonsense"), "stability-probe train"),
+        ],
+    )
+    def test_where_help_is(self, refused, args, command):
+        assert refused(*args).endswith(f" See `{command} --help`.")
 
     @pytest.mark.parametrize("command", ["verify", "plot"])
     def test_a_folder_that_is_no_run(self, refused, tmp_path, command):

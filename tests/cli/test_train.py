@@ -10,7 +10,7 @@ import torch
 from stability_probe import Run
 from stability_probe.runs import RecordConfig, TrainConfig, tracking
 from stability_probe.runs import run as run_module
-from stability_probe.runs.resuming import STATE_FILE
+from stability_probe.runs.run import STATE_FILE
 from stability_probe.runs.training import Training
 from tests.oracles.curves import tensorboard_curves
 
@@ -237,6 +237,7 @@ def test_track(cli, refused, tmp_path):
     """Into the run folder, which is what it was to all commands."""
     result = cli(*new(tmp_path / "run", "--track", "tensorboard"))
     assert (result.code, result.complaints) == (0, [])
+    assert result.out.endswith(f"curves: tensorboard --logdir {tmp_path / 'run' / 'tensorboard'}\n")
     curves = tensorboard_curves(tmp_path / "run" / "tensorboard")
     assert list(curves["energy/h_0"]) == list(curves["learning_rate"]) == [1, 2, 3, 4, 5, 6]
     assert cli("verify", tmp_path).code == 0

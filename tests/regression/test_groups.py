@@ -70,7 +70,7 @@ class TestRefused:
 
     def test_a_seed_twice(self, tmp_path):
         runs = seeded(tmp_path / "a", [0]) + seeded(tmp_path / "b", [0])
-        with pytest.raises(StabilityProbeError, match="0 and 0 have the seed 0, and are no in"):
+        with pytest.raises(StabilityProbeError, match="a/0 and b/0 have the seed 0, and are no in"):
             group_runs(runs)
 
     @pytest.mark.parametrize("state", ["running", "failed"])

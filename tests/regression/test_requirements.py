@@ -75,7 +75,12 @@ def test_errors_point_at_the_character(text, place, expected):
 
 @pytest.mark.parametrize(
     ("text", "near"),
-    [("losss<3", "loss"), ("energy.h_9<3", "energy.h_"), ("path.mid<3", "train --paths")],
+    [
+        ("lss<2", r"such as loss \(they begin with loss, .*baseline"),
+        ("losss<3", "loss"),
+        ("energy.h_9<3", "energy.h_"),
+        ("path.mid<3", "train --paths"),
+    ],
 )
 def test_a_name_that_nothing_has_is_refused_with_those_near_it(text, near):
     with pytest.raises(

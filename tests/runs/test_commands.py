@@ -38,9 +38,10 @@ def test_only_what_differs_is_said():
     assert train_command(about(TrainConfig()), "0", "new") == (
         "stability-probe train --scheme unscaled --seed 0 --out new"
     )
-    probing = RecordConfig(sensitivity_every=30, paths=True, save_every=7)
+    probing = RecordConfig(sensitivity_every=30, probe_samples=5, paths=True, save_every=7)
     assert train_command(about(TrainConfig(), probing), "0", "new") == (
-        "stability-probe train --scheme unscaled --sensitivity-every 30 --paths --seed 0 --out new"
+        "stability-probe train --scheme unscaled --sensitivity-every 30 --probe-samples 5 --paths "
+        "--seed 0 --out new"
     )
 
 
@@ -53,7 +54,7 @@ def test_what_train_has_no_option_for_is_not_known(config):
 
 
 @pytest.mark.parametrize(
-    "probing", [RecordConfig(probe_samples=5), RecordConfig(probe=ProbeConfig())]
+    "probing", [RecordConfig(sensitive_samples=5), RecordConfig(probe=ProbeConfig())]
 )
 def test_nor_is_another_probe(probing):
     assert train_command(about(TINY, probing), "0", "new") is None

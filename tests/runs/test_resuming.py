@@ -51,6 +51,7 @@ class TestStart:
 
     @pytest.mark.parametrize("ending", [("running", None), ("failed", "KeyboardInterrupt: ")])
     def test_of_a_run_that_stopped(self, run, ending):
+        (run.path / "records" / "part-000001.parquet").touch()
         run.end(*ending, {})
         with pytest.raises(StabilityProbeError, match="holds a run already"):
             find_start(run, False)

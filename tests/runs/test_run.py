@@ -16,7 +16,7 @@ import pytest
 from stability_probe import Run, StabilityProbeError
 from stability_probe.probes import COLUMNS
 from stability_probe.runs import open_runs
-from stability_probe.runs.run import SCHEMA, finite, write_json
+from stability_probe.runs.run import SCHEMA, STATE_FILE, finite, short_names, write_json
 from tests.oracles.runs import rows
 
 
@@ -46,7 +46,7 @@ class TestLife:
         }  # fmt: skip
         assert versions["numpy"] == np.__version__
         assert (run.path / "records").is_dir()
-        assert (run.path / "figures").is_dir()
+        assert not (run.path / "figures").exists()  # before there is a figure
 
     def test_begin_writes_what_the_run_is_about(self, tmp_path):
         run = Run(tmp_path / "run", {"seed": 3}, {"kind": "training", "skips": None})
@@ -124,6 +124,40 @@ class TestRefusals:
         assert str(run.path) in one_line(e)
         assert (run.path / "run.json").read_bytes() == before
         assert run.records().step.tolist() == [1, 1]
+
+    def test_a_run_that_failed_with_no_record_gives_way(self, run):
+        run.end("failed", "KeyError: 'loss'", {})
+        (run.path / "notes.txt").write_text("mine")
+        again = Run(run.path, {"seed": 4})
+        again.begin({})
+        assert (again.info["state"], again.info["config"]) == ("running", {"seed": 4})
+        assert again.info["reason"] is None
+        assert (run.path / "notes.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize(
+        "kept", ["records/part-000001.parquet", "records/part-000001.partial", STATE_FILE]
+    )
+    def test_whatever_a_run_that_failed_has_left_stays(self, run, kept):
+        run.end("failed", "KeyError: 'loss'", {})
+        (run.path / kept).write_bytes(b"PAR1")
+        before = run.info
+        with pytest.raises(StabilityProbeError, match="holds a run already, which would be lost"):
+            Run(run.path).begin({})
+        assert run.info == before
+        assert (run.path / kept).read_bytes() == b"PAR1"
+
+    @pytest.mark.parametrize("state", ["running", "complete", "", None])
+    def test_only_one_that_failed_gives_way(self, run, state):
+        run.update({"state": state})
+        with pytest.raises(StabilityProbeError, match="holds a run already") as e:
+            Run(run.path).begin({})
+        assert ("may still be running" in one_line(e)) == (state == "running")
+
+    def test_one_whose_run_json_is_damaged_does_not_give_way(self, run):
+        (run.path / "run.json").write_text("{")
+        with pytest.raises(StabilityProbeError, match="holds a run already, which would be lost"):
+            Run(run.path).begin({})
+        assert (run.path / "run.json").read_text() == "{"
 
     def test_records_without_a_run_json_are_not_overwritten(self, run):
         run.append(rows(1))
@@ -208,7 +242,7 @@ class TestRefusals:
         run.append(rows(1))
         run.end("complete", None, {})
         assert sorted(p.relative_to(run.path).as_posix() for p in run.path.rglob("*")) == [
-            "figures", "records", "records/part-000001.parquet", "run.json",
+            "records", "records/part-000001.parquet", "run.json",
         ]  # fmt: skip
 
     @pytest.mark.parametrize("below", ["run", "a/b/run"])
@@ -283,6 +317,26 @@ class TestOpenRuns:
             "sweep/deep/er/c",
         ]
         assert self.names() == []
+
+    def test_a_run_json_stands_for_its_folder(self, tree):
+        assert self.names(tree / "single" / "run.json") == ["single"]
+        with pytest.raises(StabilityProbeError, match="neither a run folder"):
+            open_runs([tree / "empty" / "run.json"])
+
+    @pytest.mark.parametrize(
+        ("paths", "names"),
+        [
+            (["a/run"], ["run"]),
+            (["a/run", "b/run", "b/cs"], ["a/run", "b/run", "cs"]),
+            (["x/a/run", "y/a/run", "y/b/run"], ["x/a/run", "y/a/run", "b/run"]),
+            (["run", "run/run"], [f"{Path.cwd().name}/run", "run/run"]),
+        ],
+    )
+    def test_short_names_tell_folders_apart(self, paths, names):
+        assert short_names([Path(path) for path in paths]) == names
+
+    def test_a_folder_twice_has_no_name_of_its_own(self, tmp_path):
+        assert short_names([tmp_path, tmp_path]) == [str(tmp_path)] * 2
 
     def test_each_run_comes_once(self, tree, monkeypatch):
         monkeypatch.chdir(tree)

@@ -6,14 +6,20 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from stability_probe import (
+    ConstantScaling,
+    FreeU,
+    LearnableScaling,
+    SCTuner,
     StabilityProbeError,
     TheoryUNet,
+    Uniform,
     UViT,
     UViTConfig,
     choose_skips,
     find_skips,
+    scale_skips,
 )
-from stability_probe.skips import OutputTap, SkipWarning
+from stability_probe.skips import OutputTap, Scaling, SkipWarning
 from stability_probe.skips.find import evaluating
 from tests.oracles.architectures.layers import ConvBlock
 from tests.oracles.architectures.unets import Additive, SmallUNet
@@ -315,3 +321,67 @@ def test_what_it_leaves_out_a_person_can_choose():
         (1, "enc1", "dec1"),
         (2, "enc2", "dec2"),
     ]
+
+
+# ── in a model that is scaled already ────────────────────────────────────────────────────────────
+
+
+class Random(Scaling):
+    def coefficients(self, n_skips):
+        return None
+
+    def forward(self, u, level):
+        return u * torch.rand_like(u)
+
+
+SCHEMES = {
+    "cs": lambda: ConstantScaling(kappa=0.7),
+    "zero": lambda: Uniform(0.0),
+    "ls": LearnableScaling,
+    "ls-non-shared": lambda: LearnableScaling(shared=False),
+    "sc-tuner": SCTuner,
+    "random": Random,
+}
+
+
+@cases
+def test_scaling_is_not_taken_for_the_models_own_code(case):
+    model = case.build().eval()
+    skips = find_skips(model, *case.args)
+    for scheme in SCHEMES.values():
+        with scale_skips(model, skips, Uniform(0.5)), scale_skips(model, skips, scheme()):
+            before = case.run(model)
+            assert find_skips(model, *case.args) == skips
+            assert scheme is Random or torch.equal(case.run(model), before)  # scaled as before
+
+
+@pytest.mark.parametrize("build", [SmallUNet, Additive])
+def test_nor_where_a_merge_is_made_between_modules(build):
+    model = build()
+    skips = find_skips(model, IMAGE)
+    with scale_skips(model, skips, Uniform(0.5)):
+        assert find_skips(model, IMAGE) == skips
+
+
+def test_nor_where_a_person_chooses():
+    model = TheoryUNet(m=64, n_skips=2)
+    pairs = [("encoder.*", "decoder.*")]
+    skips = choose_skips(pairs, model, X)
+    with scale_skips(model, skips, ConstantScaling(0.7)):
+        assert choose_skips(pairs, model, X) == skips
+
+
+def test_nor_what_boosts_the_decoder():
+    model = unet2d()
+    skips = find_skips(model, X, T)
+    with scale_skips(model, skips, FreeU()):
+        assert find_skips(model, X, T) == skips
+
+
+def test_scaling_is_on_again_after_an_error():
+    model = TheoryUNet(m=64, n_skips=2)
+    with scale_skips(model, find_skips(model, X), Uniform(0.5)):
+        before = model(X)
+        with pytest.raises(RuntimeError):
+            find_skips(model, X[:, :, :5])
+        assert torch.equal(model(X), before)

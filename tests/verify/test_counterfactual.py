@@ -66,7 +66,7 @@ class TestVerdict:
         verdict = counterfactual_verdict(checkpoint(noise=0.026))
         assert verdict.status == "INCONCLUSIVE"
         assert verdict.interval[0] < LINEAR < verdict.interval[1]
-        assert "; too few samples to tell, " in verdict.advice
+        assert "; too few samples to tell: pass --batch " in verdict.advice
 
     def test_a_falling_line_is_violated(self):
         verdict = counterfactual_verdict(checkpoint(slope=-1.0, noise=0))

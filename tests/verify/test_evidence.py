@@ -134,8 +134,15 @@ class TestGather:
         assert [e.name for e in gather(runs[1:])] == ["cs:0.7"]
 
     def test_runs_of_one_scheme_and_seed_are_told_apart(self, tmp_path):
-        runs = [stored(trace(steps=steps), tmp_path / str(steps)) for steps in (20, 40)]
-        assert len({e.name for e in gather(runs)}) == 2
+        runs = [stored(trace(steps=steps), tmp_path / "a" / str(steps)) for steps in (20, 40)]
+        assert [e.name for e in gather(runs)] == ["cs:0.7 seed 0 in 20", "cs:0.7 seed 0 in 40"]
+
+    def test_runs_of_one_folder_name_have_the_shortest_path_that_tells_them_apart(self, tmp_path):
+        runs = [Run(tmp_path / "exr" / name) for name in ("diffusers/run", "lightning/run", "cs")]
+        for run in runs:
+            run.begin({})
+        assert [e.name for e in gather(runs)] == ["diffusers/run", "lightning/run", "cs"]
+        assert [e.name for e in gather(runs[:1])] == ["run"]
 
     def test_nothing(self):
         with pytest.raises(StabilityProbeError, match="at least one run is needed, got none"):

@@ -156,7 +156,7 @@ class TestVerdict:
         verdict = feature_band_verdict(missed)
         assert (verdict.status, verdict.n) == ("INCONCLUSIVE", 19)
         assert verdict.interval[0] < 0.85 < verdict.interval[1]
-        assert "enlarge the probe batch to about " in verdict.advice
+        assert "too few samples to tell; pass StabilityProbe(..., batch=" in verdict.advice
 
     def test_a_smaller_alpha_needs_more_samples(self):
         verdict = feature_band_verdict(band(38), alpha=0.01)
