@@ -289,15 +289,10 @@ def grid(
 
     Rows share their x axes if nothing else is said.
     """
+    sharex = rows > 1 if sharex is None else sharex
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(size[0] * columns, 6), size[1] * rows + 0.9))
-        axes = figure.subplots(
-            rows,
-            columns,
-            squeeze=False,
-            sharex=rows > 1 if sharex is None else sharex,
-            sharey=sharey,
-        )
+        axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     return figure, axes
 
 

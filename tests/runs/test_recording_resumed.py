@@ -17,7 +17,7 @@ from stability_probe.probes.ranks import RecordWarning
 from stability_probe.runs import RecordConfig, TrainConfig, record_training, recording
 from stability_probe.runs import run as run_module
 from stability_probe.runs.recording import recorded_settings
-from stability_probe.runs.resuming import STATE_FILE
+from stability_probe.runs.run import STATE_FILE
 
 # Three batches an epoch, so that savings are in the middle of an epoch and at its end.
 CONFIG = TrainConfig(

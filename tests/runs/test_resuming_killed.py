@@ -18,7 +18,7 @@ import torch
 from stability_probe import Run
 from stability_probe.probes import ProbeConfig
 from stability_probe.runs import RecordConfig, TrainConfig, record_training
-from stability_probe.runs.resuming import STATE_FILE
+from stability_probe.runs.run import STATE_FILE
 
 LONG = TrainConfig(
     model="theory-unet", n_skips=2, data="uniform", batch_size=4, steps=30, scheme="ls", warmup=5

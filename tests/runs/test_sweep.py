@@ -17,7 +17,7 @@ from stability_probe.probes.ranks import RecordWarning
 from stability_probe.regression import run_numbers
 from stability_probe.runs import Grid, cells, survey, sweep
 from stability_probe.runs.cells import record_training
-from stability_probe.runs.resuming import STATE_FILE
+from stability_probe.runs.run import STATE_FILE
 from stability_probe.runs.training import Training
 from tests.oracles.workers import Died, hire_nobody
 
