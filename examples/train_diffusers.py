@@ -7,6 +7,7 @@ What stability_probe adds to such a script is marked with `# probe`.
 """
 
 import argparse
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from stability_probe import Run, StabilityProbe, find_skips, log_to, scale_skips
+from stability_probe import (
+    Run,
+    StabilityProbe,
+    StabilityProbeError,
+    find_skips,
+    log_to,
+    scale_skips,
+)
 from stability_probe.runs import load_images
 from stability_probe.skips import parse_scaling
 
@@ -30,6 +38,12 @@ def main(args: argparse.Namespace) -> None:
         log_with=args.logger,
         project_dir=args.out,
     )
+    dataset = TensorDataset(load_images("digits"))
+    if not 1 <= args.batch_size * accelerator.num_processes <= len(dataset):
+        raise StabilityProbeError(
+            f"--batch-size {args.batch_size}: there are {len(dataset)} images, and every process "
+            "needs a whole batch of them"
+        )
     set_seed(args.seed)
     model = UNet2DModel(
         sample_size=8,
@@ -45,7 +59,6 @@ def main(args: argparse.Namespace) -> None:
     scale_skips(model, skips, parse_scaling(args.scheme))  # probe, if skips are to be scaled
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    dataset = TensorDataset(load_images("digits"))
     dataloader = DataLoader(dataset, batch_size=args.batch_size, shuffle=True, drop_last=True)
     lr_scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.steps // 10, num_training_steps=args.steps
@@ -109,4 +122,8 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except StabilityProbeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -7,6 +7,7 @@ What stability_probe adds is marked with `# probe`.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from stability_probe import find_skips, scale_skips
+from stability_probe import StabilityProbeError, find_skips, scale_skips
 from stability_probe.integrations.lightning import StabilityCallback
 from stability_probe.runs import load_images
 from stability_probe.skips import parse_scaling
@@ -56,6 +57,12 @@ class Diffusion(LightningModule):
 
 def main(options: argparse.Namespace) -> None:
     """Train, and save the weights."""
+    images = TensorDataset(load_images("digits"))
+    if not 1 <= options.batch_size <= len(images):
+        raise StabilityProbeError(
+            f"--batch-size {options.batch_size}: there are {len(images)} images, and not one whole "
+            "batch of them"
+        )
     seed_everything(options.seed)
     probe = StabilityCallback(  # probe
         options.out / "run",
@@ -75,7 +82,6 @@ def main(options: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    images = TensorDataset(load_images("digits"))
     loader = DataLoader(images, batch_size=options.batch_size, shuffle=True, drop_last=True)
     trainer.fit(Diffusion(options.scheme), loader)
     trainer.save_checkpoint(options.out / "last.ckpt")
@@ -95,4 +101,8 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except StabilityProbeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stability_probe import Run, StabilityProbeError, verify
+from stability_probe import Run, verify
 from tests.oracles.curves import tensorboard_curves
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -66,6 +66,15 @@ def curves(name, out, frame):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_scheme_that_is_not_known(script, tmp_path, name):
-    with pytest.raises(StabilityProbeError, match="nonsense"):
-        script(name, "--out", tmp_path, "--scheme", "nonsense")
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--scheme", "nonsense", "nonsense"),
+     ("--batch-size", 1798, "--batch-size 1798: there are 1797 images"),
+     ("--batch-size", 0, "--batch-size 0: ")],
+)  # fmt: skip
+def test_bad_options_are_one_line(script, tmp_path, capsys, name, option, value, said):
+    with pytest.raises(SystemExit) as ended:
+        script(name, "--out", tmp_path, option, value)
+    line = capsys.readouterr().err.splitlines()[-1]  # Lightning may say something before it
+    assert ended.value.code == 2 and line.startswith("error: ") and said in line
+    assert not (tmp_path / "run").exists()
