@@ -93,8 +93,9 @@ def print_costs(runs: Sequence[Run]) -> None:
     }  # fmt: skip
     table = plain_table(["run", "overhead", *names.values()], left=["run"])
     for name, cost in known.items():
-        seconds = [number(cost[key]) for key in names]
-        table.add_row(name, f"{cost['overhead']:.1%}", *seconds)
+        seconds = [number(cost.get(key)) for key in names]
+        overhead = f"{cost['overhead']:.1%}" if "overhead" in cost else number(None)
+        table.add_row(name, overhead, *seconds)
     console = out()
     console.print(Text("\nWhat the probe took, in seconds", style="bold"))
     console.print(table)

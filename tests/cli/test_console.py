@@ -1,6 +1,7 @@
 import pytest
 
 from stability_probe.cli.console import print_costs, print_verdicts, progress
+from stability_probe.regression import run_numbers
 from stability_probe.runs import Run
 from stability_probe.verify import Verdict
 
@@ -73,6 +74,13 @@ def test_costs_are_a_row_a_run_that_has_them(capsys, tmp_path):
     *_, header, row = capsys.readouterr().out.splitlines()
     assert header.split("  ")[0] == "run"
     assert row.split() == ["cs", "2.0%", "1.25", "0.5", "0.25", "3", "105"]
+
+
+def test_a_cost_that_is_not_known_is_a_dash(capsys, tmp_path):
+    run = run_that_cost(tmp_path / "run", hooks_s=0.25)
+    print_costs([run])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["run", "–", "0.25", *"––––"]
+    assert "probe_overhead" not in run_numbers(run)
 
 
 def test_no_costs_are_no_table(capsys, tmp_path):
