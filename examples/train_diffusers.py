@@ -62,6 +62,13 @@ def main(args: argparse.Namespace) -> None:
         log_with=args.logger,
         project_dir=args.out,
     )
+    images = load_images("digits")
+    dataset = TensorDataset(images)
+    if not 1 <= args.batch_size * accelerator.num_processes <= len(dataset):
+        raise StabilityProbeError(
+            f"--batch-size {args.batch_size}: there are {len(dataset)} images, and every process "
+            "needs a whole batch of them"
+        )
     set_seed(args.seed)
     model = UNet2DModel(
         sample_size=8,
@@ -77,10 +84,7 @@ def main(args: argparse.Namespace) -> None:
     scale_skips(model, skips, parse_scaling(args.scheme))  # probe, if skips are to be scaled
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
-    images = load_images("digits")
-    dataloader = DataLoader(
-        TensorDataset(images), batch_size=args.batch_size, shuffle=True, drop_last=True
-    )
+    dataloader = DataLoader(dataset, batch_size=args.batch_size, shuffle=True, drop_last=True)
     lr_scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.steps // 10, num_training_steps=args.steps
     )

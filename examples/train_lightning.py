@@ -79,8 +79,15 @@ class Diffusion(LightningModule):
 
 def main(options: argparse.Namespace) -> None:
     """Train, and save the weights."""
+    images = load_images("digits")
+    dataset = TensorDataset(images)
+    if not 1 <= options.batch_size <= len(images):
+        raise StabilityProbeError(
+            f"--batch-size {options.batch_size}: there are {len(images)} images, and not one whole "
+            "batch of them"
+        )
     seed_everything(options.seed)
-    images, network = load_images("digits"), Diffusion(options.scheme)
+    network = Diffusion(options.scheme)
     moments = input_moments(images, network.schedule)  # probe
     probe = StabilityCallback(  # probe
         Run(options.out / "run", about={"input": moments}),
@@ -101,9 +108,7 @@ def main(options: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(
-        TensorDataset(images), batch_size=options.batch_size, shuffle=True, drop_last=True
-    )
+    loader = DataLoader(dataset, batch_size=options.batch_size, shuffle=True, drop_last=True)
     trainer.fit(network, loader)
     trainer.save_checkpoint(options.out / "last.ckpt")
     print(f"run: {options.out / 'run'}")

@@ -94,8 +94,9 @@ def print_costs(runs: Sequence[Run]) -> None:
     }  # fmt: skip
     table = plain_table(["run", "overhead", *names.values()], left=["run"])
     for name, (_, cost) in zip(short_names([path for path, _ in known]), known, strict=True):
-        seconds = [number(cost[key]) for key in names]
-        table.add_row(name, f"{cost['overhead']:.1%}", *seconds)
+        seconds = [number(cost.get(key)) for key in names]
+        overhead = f"{cost['overhead']:.1%}" if "overhead" in cost else number(None)
+        table.add_row(name, overhead, *seconds)
     console = out()
     console.print(Text("\nWhat the probe took, in seconds", style="bold"))
     console.print(table)

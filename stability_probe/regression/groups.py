@@ -193,7 +193,8 @@ def _about(info: Mapping[str, Any]) -> dict[str, Any]:
     kappa = info.get("kappa")
     probing = info.get("probing") or info.get("probe_settings") or {}
     schedule = {k: probing[k] for k in SCHEDULE if k in probing}
-    skips = [f"{s['source']} -> {s['sink']} ({s['merge']})" for s in info.get("skips", [])]
+    skips = ["{} -> {} ({})".format(*(s.get(k) for k in ("source", "sink", "merge")))
+             for s in info.get("skips", [])]  # fmt: skip
     return {
         "kind": info.get("kind", "training"),
         "config": config,

@@ -70,7 +70,7 @@ def run_numbers(run: Run) -> dict[str, float]:
     found = measures_of(evidence).tested
     if evidence.final_loss is not None:
         found["final_loss"] = evidence.final_loss
-    if "probe" in evidence.info:
+    if "overhead" in evidence.info.get("probe", {}):
         found["probe_overhead"] = evidence.info["probe"]["overhead"]
     return found
 

@@ -73,7 +73,7 @@ def probe_command(info: Mapping[str, Any], out: str) -> str | None:
     if not {"checkpoint", *CHECKPOINT} <= {*config}:
         return None
     return _line("probe", {name: config[name] for name in CHECKPOINT} | {"out": out},
-                 config["checkpoint"])  # fmt: skip
+                 str(config["checkpoint"]))  # fmt: skip
 
 
 def ensemble_command(info: Mapping[str, Any], out: str) -> str | None:

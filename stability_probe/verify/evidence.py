@@ -49,10 +49,21 @@ class Evidence:
 
     @classmethod
     def of(cls, run: Run) -> "Evidence":
-        """The evidence in a run folder."""
-        info = run.info
+        """The evidence in a run folder.
+
+        Raises:
+            StabilityProbeError: if it cannot be read, or a checkpoint was probed at more noise
+                levels than `run.json` states.
+        """
+        info, frame = run.info, run.records()
         info["path"] = str(run.path)
-        return cls(str(info.get("scheme", run.name)), run.records(), info)
+        levels, probed = info.get("noise_levels"), 0 if frame.empty else int(frame.step.max())
+        if levels and info.get("kind") == "checkpoint" and len(levels) < probed:
+            raise StabilityProbeError(
+                f"{run.path / 'run.json'}: `noise_levels`: the records are of {probed}, got "
+                f"{len(levels)}"
+            )
+        return cls(str(info.get("scheme") or run.name), frame, info)
 
     @property
     def kind(self) -> str:

@@ -1,6 +1,7 @@
 import pytest
 
 from stability_probe.cli.console import print_costs, print_verdicts, progress
+from stability_probe.regression import run_numbers
 from stability_probe.runs import Run
 from stability_probe.verify import Verdict
 
@@ -83,6 +84,13 @@ def test_costs_of_runs_of_one_name_are_a_row_each(capsys, tmp_path):
     print_costs([run_that_cost(folder, overhead=0.1, **parts) for folder in folders])
     *_, first, second, third = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in (first, second, third)] == ["a/run", "b/run", "cs"]
+
+
+def test_a_cost_that_is_not_known_is_a_dash(capsys, tmp_path):
+    run = run_that_cost(tmp_path / "run", hooks_s=0.25)
+    print_costs([run])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["run", "–", "0.25", *"––––"]
+    assert "probe_overhead" not in run_numbers(run)
 
 
 def test_no_costs_are_no_table(capsys, tmp_path):

@@ -69,17 +69,25 @@ def curves(name, out, frame):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_a_scheme_that_is_not_known_and_a_folder_in_use_are_one_line_and_code_2(
-    script, tmp_path, name, capsys
-):
-    used = tmp_path / "used"
-    Run(used / "run").begin({"skips": []})
-    for out, scheme, named in [
-        (tmp_path / "new", "nonsense", "nonsense"),
-        (used, "cs:0.7", str(used / "run")),
-    ]:
-        with pytest.raises(SystemExit) as ended:
-            script(name, "--out", out, "--scheme", scheme, "--steps", 1, "--batch-size", 4)
-        assert ended.value.code == 2
-        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-        assert named in line
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--scheme", "nonsense", "nonsense"),
+     ("--batch-size", 1798, "--batch-size 1798: there are 1797 images"),
+     ("--batch-size", 0, "--batch-size 0: ")],
+)  # fmt: skip
+def test_bad_options_are_one_line(script, tmp_path, capsys, name, option, value, said):
+    with pytest.raises(SystemExit) as ended:
+        script(name, "--out", tmp_path, option, value)
+    line = capsys.readouterr().err.splitlines()[-1]  # Lightning may say something before it
+    assert ended.value.code == 2 and line.startswith("error: ") and said in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_folder_in_use_is_one_line(script, tmp_path, capsys, name):
+    Run(tmp_path / "run").begin({"skips": []})
+    with pytest.raises(SystemExit) as ended:
+        script(name, "--out", tmp_path, "--steps", 1, "--batch-size", 4)
+    assert ended.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert str(tmp_path / "run") in line

@@ -57,6 +57,11 @@ def test_runs_without_a_scheme_or_a_seed(tmp_path):
         group_runs([a, b])
 
 
+def test_skips_that_do_not_say_where_they_are(tmp_path, quick_verdicts):
+    run = stored(complete(skips=[{"kappa": 1.0}] * 3), tmp_path / "run")
+    assert group_runs([run])[0].about["skips"] == ["None -> None (None)"] * 3
+
+
 class TestRefused:
     def test_no_runs(self):
         with pytest.raises(StabilityProbeError, match="at least one run is needed, got none"):

@@ -200,6 +200,24 @@ class TestRefusals:
         with pytest.raises(StabilityProbeError, match="a JSON object is needed, got"):
             Run.open(run.path)
 
+    @pytest.mark.parametrize("info", [
+        {"state": 3}, {"kind": []}, {"reason": {}}, {"kappa": ["x"]}, {"kappa": [None]},
+        {"kappa": 0.7}, {"skips": [{"source": 1}]}, {"skips": None}, {"noise_levels": ["x"]},
+        {"parameters": "many"}, {"parameters": True}, {"input": [1]}, {"dtype": "int8"},
+        {"dtype": []}, {"block_gain": "x"}, {"resumed": 3}, {"probe": {"hooks_s": None}},
+        {"probe_settings": 3}, {"global_constants": {"lip_a": 1}}, {"config": None},
+    ], ids=repr)  # fmt: skip
+    def test_a_field_of_another_type_is_named(self, run, info):
+        run.update(info)
+        with pytest.raises(StabilityProbeError, match=r"run\.json: `") as e:
+            Run.open(run.path)
+        assert f"`{next(iter(info))}" in one_line(e) and "needed, got" in one_line(e)
+
+    def test_what_is_not_known_may_be_null_and_what_is_new_may_be_anything(self, run):
+        unknown = ("kappa", "noise_levels", "seed", "unmet", "input", "probing", "scheme")
+        run.update({**dict.fromkeys(unknown), "mine": [{}], "probe": {}, "versions": {"mine": 3}})
+        assert Run.open(run.path).info["mine"] == [{}]
+
     @pytest.mark.parametrize("schema", [0, SCHEMA + 1, None, "1"])
     def test_another_schema_is_refused(self, run, schema):
         run.update({"schema": schema})

@@ -8,6 +8,7 @@ from tests.oracles.evidence import (
     altered,
     band,
     bare,
+    checkpoint,
     complete,
     gains,
     relabelled,
@@ -160,3 +161,12 @@ def test_no_final_loss_without_losses_or_training():
     loss = traced("loss", "loss", [[1.0]])
     assert training().final_loss is None
     assert training(loss, kind="checkpoint").final_loss is None
+
+
+def test_fewer_noise_levels_than_were_probed(tmp_path):
+    run = stored(checkpoint(noise_levels=(50.0, 500.0)), tmp_path / "run")
+    run.update({"noise_levels": [50.0]})
+    with pytest.raises(StabilityProbeError, match="`noise_levels`: the records are of 2, got 1"):
+        gather(run)
+    run.update({"noise_levels": None})
+    assert gather(run)[0].kind == "checkpoint"
