@@ -42,8 +42,9 @@ def main() -> None:
 def _command(problem: Any) -> str:
     """The command that a problem is with."""
     context = getattr(problem, "ctx", None)
-    sub = context is not None and context.parent is not None
-    return f"stability-probe {context.info_name}" if sub else "stability-probe"
+    if context is None or context.parent is None:
+        return "stability-probe"
+    return f"stability-probe {context.info_name}"
 
 
 def _run() -> Any:
