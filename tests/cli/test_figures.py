@@ -13,12 +13,12 @@ def test_figures_are_png_files_in_a_folder_that_is_made(tmp_path):
 
 
 def test_names_of_runs_make_plain_names_of_files(tmp_path):
-    runs = [stored(checkpoint(), tmp_path / name) for name in ("a", "t: 1", "t/1")]
+    runs = [stored(checkpoint(), tmp_path / name) for name in ("a", "t: 1", "t/1", "u/1")]
     names = [file.name for file in save_figures(runs, tmp_path / "figures")]
     assert len({*names}) == len(names) == len(list((tmp_path / "figures").iterdir()))
     assert not any(set(name) & set(" :/") for name in names)
-    assert sum(name.endswith("-t-1.png") for name in names) == len(names) / 3
-    assert sum(name.endswith("-t-1-2.png") for name in names) == len(names) / 3
+    assert sum(name.endswith("-t-1.png") for name in names) == len(names) / 4
+    assert sum(name.endswith("-t-1-2.png") for name in names) == len(names) / 4
 
 
 def test_nothing_to_draw_makes_no_folder(tmp_path):
