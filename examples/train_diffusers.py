@@ -20,7 +20,6 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from stability_probe import (
-    ProbeBatch,
     Run,
     StabilityProbe,
     StabilityProbeError,
@@ -28,31 +27,8 @@ from stability_probe import (
     log_to,
     scale_skips,
 )
-from stability_probe.runs import load_images
+from stability_probe.runs import input_moments, load_images, noised_batch
 from stability_probe.skips import parse_scaling
-
-
-def probe_batch(images: torch.Tensor, noise_scheduler: DDPMScheduler, seed: int) -> ProbeBatch:
-    """Samples to measure on, the same ones every time; the training draws nothing from this.
-
-    Theorems 3.1 and 3.3 need 100 to 200 samples to be decided, and 3.3 a target. Jacobian norms,
-    which cost more, are taken on the first four.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    clean_images = images[torch.randperm(len(images), generator=generator)[:200]]
-    noise = torch.randn(clean_images.shape, generator=generator)
-    timesteps = torch.randint(0, 1000, (len(noise),), generator=generator)
-    noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-    return ProbeBatch((noisy_images, timesteps), target=noise, sensitive=4)
-
-
-def input_moments(images: torch.Tensor, noise_scheduler: DDPMScheduler) -> dict[str, float]:
-    """What x_t is made of, from which Lemma 3.2 predicts its energy."""
-    return {
-        "m": images[0].numel(),
-        "second_moment": images.square().mean().item(),
-        "mean_alpha_squared": noise_scheduler.alphas_cumprod.mean().item(),
-    }
 
 
 def main(args: argparse.Namespace) -> None:
@@ -102,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
         skips,
         every=args.every,
         run=run,
-        batch=probe_batch(images, noise_scheduler, args.seed),
+        batch=noised_batch(images, noise_scheduler),
         on_records=log_to(accelerator),
     )
     global_step, losses = 0, []

@@ -16,32 +16,10 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from stability_probe import ProbeBatch, Run, StabilityProbeError, find_skips, scale_skips
+from stability_probe import Run, StabilityProbeError, find_skips, scale_skips
 from stability_probe.integrations.lightning import StabilityCallback
-from stability_probe.runs import load_images
+from stability_probe.runs import input_moments, load_images, noised_batch
 from stability_probe.skips import parse_scaling
-
-
-def probe_batch(images: torch.Tensor, schedule: DDPMScheduler, seed: int) -> ProbeBatch:
-    """Samples to measure on, the same ones every time; the training draws nothing from this.
-
-    Theorems 3.1 and 3.3 need 100 to 200 samples to be decided, and 3.3 a target. Jacobian norms,
-    which cost more, are taken on the first four.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    clean = images[torch.randperm(len(images), generator=generator)[:200]]
-    noise = torch.randn(clean.shape, generator=generator)
-    t = torch.randint(0, 1000, (len(clean),), generator=generator)
-    return ProbeBatch((schedule.add_noise(clean, noise, t), t), target=noise, sensitive=4)
-
-
-def input_moments(images: torch.Tensor, schedule: DDPMScheduler) -> dict[str, float]:
-    """What x_t is made of, from which Lemma 3.2 predicts its energy."""
-    return {
-        "m": images[0].numel(),
-        "second_moment": images.square().mean().item(),
-        "mean_alpha_squared": schedule.alphas_cumprod.mean().item(),
-    }
 
 
 class Diffusion(LightningModule):
@@ -93,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
         Run(options.out / "run", about={"input": moments}),
         model="unet",
         inputs=(torch.zeros(1, 1, 8, 8), torch.tensor([0])),
-        batch=probe_batch(images, network.schedule, options.seed),
+        batch=noised_batch(images, network.schedule),
         every=1,
     )
     trainer = Trainer(

@@ -10,12 +10,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from stability_probe.errors import StabilityProbeError, TrainingDiverged
+from stability_probe.errors import StabilityProbeError
 from stability_probe.plots.tables import scheme_label
 from stability_probe.regression.measures import run_numbers
 from stability_probe.runs import Run, TrainConfig, build_model, load_images
 from stability_probe.runs.grid import Grid
 from stability_probe.runs.recording import seeded_scaling
+from stability_probe.runs.resuming import diverged
 from stability_probe.runs.sweep import OnDone, sweep
 from stability_probe.runs.training import probe_batch
 from stability_probe.skips import find_skips, scale_skips
@@ -135,14 +136,13 @@ def conduct(
     grid = Grid.from_yaml(grid_file(name, scale))
     folder = out / scale / name
     done = sweep(grid, folder, jobs=jobs, threads=1, measure=run_numbers, on_done=on_done)
-    broken = done[
-        (done.state != "complete") & ~done.reason.str.startswith(TrainingDiverged.__name__)
-    ]
-    for run, reason in zip(broken.run, broken.reason, strict=True):
+    rows = done.to_dict("records")
+    broken = [row for row in rows if row["state"] != "complete" and not diverged(row)]
+    if broken:
         raise StabilityProbeError(
-            f"{folder}: {len(broken)} of {len(done)} runs have not ended, such as {run} "
-            f"({reason}); do them again with stability-probe sweep {grid_file(name, scale)} "
-            f"--out {folder} --retry"
+            f"{folder}: {len(broken)} of {len(rows)} runs have not ended, such as "
+            f"{broken[0]['run']} ({broken[0]['reason']}); do them again with "
+            f"stability-probe sweep {grid_file(name, scale)} --out {folder} --retry"
         )
     runs = folder / "runs"
     return Study(name, [Member(config, Run.open(runs / run)) for run, config in grid.cells()])

@@ -40,6 +40,7 @@ from stability_probe.runs.training import (
     TrainStep,
     build_model,
     input_moments,
+    noise_scheduler,
     probe_batch,
     train,
 )
@@ -222,7 +223,7 @@ def _set_up(
         "kappa": scaled.kappa,
         "unmet": scheme.unmet,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "input": input_moments(config, images),
+        "input": input_moments(images, noise_scheduler(config)),
     }
     training = train(model, images, config)
     probe_config = probing.probe or ProbeConfig()

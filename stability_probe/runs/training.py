@@ -163,12 +163,17 @@ def noise_scheduler(config: TrainConfig) -> Any:
     )
 
 
-def input_moments(config: TrainConfig, images: Tensor) -> dict[str, float | int]:
-    """What Lemma 3.2 needs to know: the arguments of `theory.input_energy`."""
+def input_moments(images: Tensor, scheduler: Any) -> dict[str, float | int]:
+    """What x_t is made of, as Lemma 3.2 needs to know: the arguments of `theory.input_energy`.
+
+    Args:
+        images: the data (n, channels, height, width).
+        scheduler: of diffusers; its `alphas_cumprod` are α_t².
+    """
     return {
         "m": images[0].numel(),
         "second_moment": images.double().square().mean().item(),
-        "mean_alpha_squared": noise_scheduler(config).alphas_cumprod.mean().item(),
+        "mean_alpha_squared": scheduler.alphas_cumprod.mean().item(),
     }
 
 
@@ -179,22 +184,36 @@ def probe_batch(
     sensitive: int,
     noise_level: int | None = None,
 ) -> ProbeBatch:
-    """A fixed batch of noised images, spread over the images and over the noise levels.
+    """The `noised_batch` of a run; it depends on the run's noise schedule and not on its seed."""
+    return noised_batch(images, noise_scheduler(config), size, sensitive, noise_level)
+
+
+def noised_batch(
+    images: Tensor,
+    scheduler: Any,
+    size: int = 200,
+    sensitive: int = 4,
+    noise_level: int | None = None,
+) -> ProbeBatch:
+    """A batch of noised images to measure on, the same ones every time.
+
+    It is spread over the images and over the noise levels; its target is the noise. Theorems 3.1
+    and 3.3 need 100 to 200 samples to be decided. No random number of the training is drawn.
 
     Args:
-        config: the run; the batch depends on its noise schedule and not on its seed.
         images: the data (n, channels, height, width).
-        size: number of samples.
-        sensitive: how many of them Jacobian norms are taken on.
+        scheduler: of diffusers; has `add_noise` and `alphas_cumprod`.
+        size: number of samples, all images if there are fewer.
+        sensitive: how many of them Jacobian norms, which cost more, are taken on.
         noise_level: t of all samples; `None` spreads them. The images and their noise are the same.
     """
     generator = torch.Generator().manual_seed(2023)
     x0 = images[torch.randperm(len(images), generator=generator)[:size]]
     noise = torch.randn(x0.shape, generator=generator)
-    t = torch.linspace(0, config.noise_levels - 1, len(x0)).long()
+    t = torch.linspace(0, len(scheduler.alphas_cumprod) - 1, len(x0)).long()
     t = t[torch.randperm(len(t), generator=generator)]
     t = t if noise_level is None else torch.full_like(t, noise_level)
-    x = noise_scheduler(config).add_noise(x0, noise, t)
+    x = scheduler.add_noise(x0, noise, t)
     return ProbeBatch((x, t), target=noise, sensitive=sensitive)
 
 

@@ -41,7 +41,7 @@ def target_missing(run: Evidence, samples: int) -> str:
 
 def input_missing() -> str:
     """How to have a run's `run.json` say what Lemma 3.2 needs to know."""
-    moments = '{"m": ..., "second_moment": ..., "mean_alpha_squared": ...}'
+    moments = "stability_probe.runs.input_moments(images, schedule)"
     return (
         "the records do not say what data and noise schedule they come from; pass a Run whose "
         f'run.json has `input`: StabilityProbe(..., run=Run(folder, about={{"input": {moments}}}))'

@@ -11,7 +11,13 @@ from stability_probe import StabilityProbeError, TheoryUNet, UViT, find_skips
 from stability_probe.errors import TrainingDiverged
 from stability_probe.runs import MODELS, TrainConfig, build_model, train
 from stability_probe.runs.data import load_images
-from stability_probe.runs.training import NOISE_SCHEDULES, noise_scheduler, probe_batch
+from stability_probe.runs.training import (
+    NOISE_SCHEDULES,
+    input_moments,
+    noise_scheduler,
+    noised_batch,
+    probe_batch,
+)
 
 QUICK = {"n_skips": 2, "width": 16, "batch_size": 8}
 
@@ -395,3 +401,21 @@ class TestProbeBatch:
 
     def test_has_no_more_samples_than_there_are_images(self):
         assert len(probe_batch(config(), self.IMAGES[:3], 20, 3).x) == 3
+
+    def test_of_any_scheduler_it_is_spread_over_its_levels(self):
+        scheduler = noise_scheduler(config(noise_levels=10))
+        batch = noised_batch(self.IMAGES, scheduler, size=20)
+        x, t = batch.args
+        assert sorted(t.tolist()) == torch.linspace(0, 9, 20).long().tolist()
+        a2 = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+        x0 = (x - (1 - a2).sqrt() * batch.target) / a2.sqrt()
+        distance = torch.cdist(x0.flatten(1), self.IMAGES.flatten(1))
+        assert distance.amin(1).max() < 1e-3
+
+    def test_moments_are_those_of_the_data_and_the_schedule(self):
+        scheduler = noise_scheduler(config(noise_levels=10))
+        found = input_moments(self.IMAGES, scheduler)
+        expected = scheduler.alphas_cumprod.mean().item()
+        assert found["m"] == 64
+        assert found["second_moment"] == pytest.approx((self.IMAGES**2).mean().item())
+        assert found["mean_alpha_squared"] == pytest.approx(expected)
