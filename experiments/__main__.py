@@ -18,9 +18,11 @@ import yaml
 
 from experiments import claims_table
 from experiments.examination import write
-from experiments.studies import SCALES, Study, conduct
-from stability_probe.cli.console import progress
+from experiments.studies import SCALES, Study, conduct, grid_file
+from stability_probe.cli.sweep import sweep_progress
 from stability_probe.errors import StabilityProbeError
+from stability_probe.regression import run_numbers
+from stability_probe.runs import Grid, survey
 
 HERE = Path(__file__).parent
 OUT = Path("experiments-out")
@@ -41,12 +43,8 @@ def configuration(claim: str) -> dict[str, Any]:
 @cache
 def study_of(name: str, scale: str, out: Path, jobs: int | None) -> Study:
     """The runs of a grid; what is missing is trained."""
-    with progress() as display:
-        task = display.add_task(name, total=None)
-
-        def on_done(run: str, outcome: object) -> None:
-            display.advance(task)
-
+    before = survey(Grid.from_yaml(grid_file(name, scale)), out / scale / name, run_numbers)
+    with sweep_progress(before, retry=False, what=name) as on_done:
         return conduct(name, scale, out, jobs, on_done)
 
 

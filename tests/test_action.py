@@ -61,6 +61,7 @@ def test_runs_that_are_fine(checkout):
     assert (checkout / "summary.md").read_text().startswith("## Training stability: passed")
 
 
+@pytest.mark.slow
 def test_thresholds_alone_quoted_as_in_a_shell(checkout):
     options = '--require "loss<1e9" --require "theorem_3_4 = HOLDS"'
     (checked,) = steps_run(checkout, runs="runs", install="no", baseline="", options=options)
@@ -76,6 +77,7 @@ def test_runs_that_are_worse_fail_the_job(checkout):
     assert "**failed**" in (checkout / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_command_records_first_and_what_fails_ends_the_job(checkout):
     recorded, checked = steps_run(checkout, runs="made", run="cp -r runs made", install="no")
     assert (recorded.returncode, checked.returncode) == (0, 0)

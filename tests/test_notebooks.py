@@ -96,6 +96,7 @@ def test_the_readme_names_every_notebook():
     assert set(re.findall(r"\((\w+\.ipynb)\)", text)) == {path.name for path in NOTEBOOKS}
 
 
+@pytest.mark.slow
 def test_papermill_changes_the_parameters(tmp_path):
     changed = {"steps": 4, "width": 8, "samples": 4, "sensitive": 1, "kappa": 0.5, "seed": 3}
     result = papermill.execute_notebook(

@@ -56,7 +56,7 @@ def run_sweep(options: SweepOptions) -> pd.DataFrame:
     if options.dry_run:
         return before
     try:
-        with _progress(before, options.retry) as on_done, _silence():
+        with sweep_progress(before, options.retry) as on_done, _silence():
             return sweep(
                 grid, options.out, backend=options.backend, address=options.address,
                 jobs=options.jobs, threads=options.threads, retry=options.retry,
@@ -69,25 +69,33 @@ def run_sweep(options: SweepOptions) -> pd.DataFrame:
 
 
 @contextmanager
-def _progress(before: pd.DataFrame, retry: bool) -> Iterator[OnDone]:
-    """What moves the progress display: runs that have ended, and how many of them failed."""
+def sweep_progress(before: pd.DataFrame, retry: bool, what: str = "runs") -> Iterator[OnDone]:
+    """What moves a progress display: runs that have ended, and how many of them failed.
+
+    Args:
+        before: the survey of the sweep.
+        retry: whether runs that failed are done again.
+        what: the name of the runs in the display.
+    """
     states = before.state.value_counts()
     failed = 0 if retry else int(states.get("failed", 0))
+
+    def described(count: int) -> str:
+        return f"{what} ({count} failed)" if count else what
+
     with progress() as display:
         task = display.add_task(
-            _described(failed), total=len(before), completed=int(states.get("complete", 0)) + failed
+            described(failed),
+            total=len(before),
+            completed=int(states.get("complete", 0)) + failed,
         )
 
         def on_done(name: str, outcome: Outcome) -> None:
             nonlocal failed
             failed += outcome.state == "failed"
-            display.update(task, advance=1, description=_described(failed))
+            display.update(task, advance=1, description=described(failed))
 
         yield on_done
-
-
-def _described(failed: int) -> str:
-    return f"runs ({failed} failed)" if failed else "runs"
 
 
 @contextmanager

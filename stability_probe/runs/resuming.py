@@ -212,7 +212,9 @@ def settings_from(cls: type[T], values: Any, run: Run) -> T:
         ) from error
 
 
-def _built(cls: type[T], values: Mapping[str, Any]) -> T:
+def _built(cls: type[T], values: Any) -> T:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{values!r} is no table")
     hints = get_type_hints(cls)
     made = dict(values)
     for field in fields(cls):  # type: ignore[arg-type]

@@ -114,6 +114,7 @@ class TestGoingOn:
         given = ("--scheme", "ls", "--steps", 6, "--every", 1, "--save-every", 2)
         assert cli(*train(stopped, "--resume", *given)).code == 0
 
+    @pytest.mark.slow
     def test_a_run_that_is_killed(self, cli, whole, tmp_path):
         """In a process of its own, at some moment after a state was saved."""
         command = [sys.executable, "-m", "stability_probe", *map(str, new(tmp_path / "run"))]

@@ -113,6 +113,7 @@ class TestUnion:
         counts = frame[frame.metric == "samples"].groupby("step").value.sum()
         assert counts.tolist() == [4.0] * 5
 
+    @pytest.mark.slow
     def test_accelerate_launch(self, one, tmp_path):
         # `--multi_gpu` starts several processes; the worker's Accelerator keeps them on the CPU.
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

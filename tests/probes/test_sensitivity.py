@@ -271,6 +271,7 @@ class TestPaths:
         assert (found["path_gap", "J", 0].max() > 5e-3) == gap
         assert (found["path_gap", "J", 0].max() < 1e-5) != gap
 
+    @pytest.mark.slow
     def test_rows_of_frames_belong_to_their_sample(self):
         """A video's features have a row a frame; norms are of whole samples, and in order."""
         entry = ZOO["unet-motion"]

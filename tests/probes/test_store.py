@@ -183,7 +183,7 @@ print(probe.steps, len([w for w in seen if "StabilityProbe" in str(w.message)]))
 """
 
 
-@pytest.mark.parametrize("ending", ["full", "freed"])
+@pytest.mark.parametrize("ending", ["full", pytest.param("freed", marks=pytest.mark.slow)])
 def test_a_disk_that_is_really_full(tmp_path, ending):
     """The system refuses to write, as it does on a full disk; the training makes all its steps."""
     done = subprocess.run(

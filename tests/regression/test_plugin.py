@@ -65,6 +65,7 @@ def project(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_from_a_baseline_to_a_regression(project, tmp_path):
     folder = tmp_path / "tests" / "stability_baselines"
     written = project("--stability-update", "-n", "2")

@@ -154,7 +154,8 @@ def finish(forks, folder, whole):
     return whole.check_finished(folder)
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, 50])
+@pytest.mark.slow
 def test_random_moments(forks, long, tmp_path, kills):
     """Every other run is killed a second time, while it goes on."""
     random = np.random.default_rng(kills)

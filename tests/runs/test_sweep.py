@@ -352,8 +352,7 @@ def assert_all_there(frame, out, killed):
     assert resumed and resumed[0] >= 50, "it was in mid-run when its process was killed"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["local", "dask"])
+@pytest.mark.parametrize("backend", ["local", pytest.param("dask", marks=pytest.mark.slow)])
 def test_every_run_is_had_though_a_process_is_killed(tmp_path, backend):
     frame, killed = sweep_with_a_death(tmp_path, backend)
     assert_all_there(frame, tmp_path, killed)
@@ -378,6 +377,7 @@ def cluster():
         started.shutdown()
 
 
+@pytest.mark.slow
 def test_every_run_is_had_though_one_of_two_ray_workers_is_killed(tmp_path, cluster):
     killed = []
 

@@ -41,7 +41,12 @@ every = pytest.mark.parametrize(
 pairs = pytest.mark.parametrize(
     ("entry", "scheme"),
     [
-        pytest.param(entry, scheme, id=f"{name}-{kind}")
+        pytest.param(
+            entry,
+            scheme,
+            id=f"{name}-{kind}",
+            marks=[pytest.mark.slow] if name in LONG and (name, kind) != ("unet2d", "ls") else [],
+        )
         for name, entry in WHOLE.items()
         for kind, scheme in SCHEMES.items()
         if kind == "cs" or (name == "uvit" and kind != "freeu") or name == "unet2d"

@@ -358,7 +358,7 @@ def test_the_count_begins_anew_after_an_exception(make):
     model = Twice()
     make(0).attach(model, times(0))
     expected = model(ONE, TWO)
-    with pytest.raises(TypeError):
+    with pytest.raises((TypeError, AttributeError)):  # what None does not support
         model(ONE, None)
     assert torch.equal(model(ONE, TWO), expected)
 
