@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from experiments.examination import Examination
@@ -46,16 +47,14 @@ def fit(kappa: np.ndarray) -> tuple[float, float, float]:
 
 
 def groups(studies: Sequence[Study]) -> Iterator[tuple[str, Study]]:
-    """Runs with learned coefficients, by grid, depth and scheme; at the least learning rate."""
+    """Runs with learned coefficients, by grid, depth, learning rate and scheme."""
     for study in studies:
-        least = min(m.config.learning_rate for m in study.members)
-        runs = study.where(learning_rate=least)
-        depths = dict.fromkeys(m.config.n_skips for m in runs.members)
-        for n in depths:
+        kinds = dict.fromkeys((m.config.n_skips, m.config.learning_rate) for m in study.members)
+        for n, rate in kinds:
             for scheme in LEARNED:
-                found = runs.where(n_skips=n, scheme=scheme).members
+                found = study.where(n_skips=n, learning_rate=rate, scheme=scheme).members
                 if found:
-                    name = f"{study.grid}, N = {n}: {label(scheme)}"
+                    name = f"{study.grid}, N = {n}, rate {rate:g}: {label(scheme)}"
                     yield name, Study(study.grid, [m for m in found if not diverged(m)])
 
 
@@ -94,7 +93,12 @@ def _figure(studies: Sequence[Study]) -> Figure:
         a, r, explained = fit(kappas.mean(axis=0))
         ax.plot(levels, a * r ** (levels - 1), color=BOUND,
                 label=f"mean: {a:.2f} · {r:.3f}$^{{i-1}}$, R² = {explained:.2f}")  # fmt: skip
-        ax.set(title=name.replace(": ", ":\n"), xlabel="level i (1 = outermost)", ylim=(0, 1.02))
+        ax.set(
+            title=name.replace(", N", ",\nN").replace(": ", ":\n"),
+            xlabel="level i (1 = outermost)",
+            ylim=(0, 1.02),
+        )
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.legend(fontsize=8, loc="lower left")
     for ax in axes[:, 0]:
         ax.set_ylabel("κ$_i$, a line a seed")

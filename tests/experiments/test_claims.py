@@ -176,12 +176,14 @@ class TestLearnedCoefficients:
         assert fall.values == pytest.approx([1.0] * 5) and first.values == pytest.approx([0.8] * 5)
         assert [q.answer().status for q in (fall, first)] == ["NOT REPRODUCED AT THIS SCALE"] * 2
 
-    def test_only_the_least_learning_rate_counts(self):
+    def test_every_learning_rate_is_asked_about(self):
         slow = planted(schemes=("ls",), learning_rate=0.01).members
         fast = planted(schemes=("ls",), learning_rate=0.03).members
-        study = type(planted())("planted", [*slow, *fast])
-        found = examine("learned_coefficients", study)
-        assert found.table.seeds.item() == 5
+        found = examine("learned_coefficients", type(planted())("planted", [*slow, *fast]))
+        assert found.table.seeds.tolist() == [5, 5]
+        assert [("rate 0.01" in name, "rate 0.03" in name) for name in found.table.runs] == [
+            (True, False), (False, True),
+        ]  # fmt: skip
 
 
 class TestDepthAndRate:
