@@ -54,6 +54,7 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_that_are_fine(checkout):
     (checked,) = steps_run(checkout, runs="runs", install="no", options="--margin 0.2 --all")
     assert checked.returncode == 0, checked.stderr

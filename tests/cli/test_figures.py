@@ -12,6 +12,7 @@ def test_figures_are_png_files_in_a_folder_that_is_made(tmp_path):
     assert (folder / "law.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_names_of_runs_make_plain_names_of_files(tmp_path):
     runs = [stored(checkpoint(), tmp_path / name) for name in ("a", "t: 1", "t/1", "u/1")]
     names = [file.name for file in save_figures(runs, tmp_path / "figures")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,16 +52,24 @@ CASES = {
 }
 
 
+HERE = Path(__file__).parent
 SEEN_LESS_OFTEN = ("concat", "unet2d")
 """Networks on which the ways to train are tried by `make test-all` only: they take the longest."""
+SEEN_EVERYWHERE = ("unscaled", "ls")
+"""Schemes with which `make test` tries every network; with the others it tries one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if HERE not in item.path.parents:
+            continue
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(
             item, "callspec"
         ) else {}  # fmt: skip
-        if item.path.name.startswith("test_training_") and params.get("case") in SEEN_LESS_OFTEN:
+        network, scheme = params.get("case"), params.get("scheme", SEEN_EVERYWHERE[0])
+        if item.path.name.startswith("test_training_") and network in SEEN_LESS_OFTEN:
+            item.add_marker(pytest.mark.slow)
+        if network not in (None, "add") and scheme not in SEEN_EVERYWHERE:
             item.add_marker(pytest.mark.slow)
 
 

@@ -22,7 +22,9 @@ WAYS = ("attached", "compiled", "given", "in place")
 """The probe is attached before the model is compiled; or after; or to what compiling returned; or
 to a module that was compiled in place."""
 ways = pytest.mark.parametrize("way", WAYS)
-backends = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+backends = pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
+)
 LONG = ("uvit", "unet2d")  # to compile
 names = pytest.mark.parametrize(
     "name", ["add", "concat", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)]

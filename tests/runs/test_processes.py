@@ -47,6 +47,7 @@ def agree():
     leave()
 
 
+@pytest.mark.slow
 def test_two_processes(forks):
     ended = forks.call(agree, processes=2)
     assert ended.codes == (0, 0), ended.told

@@ -101,7 +101,10 @@ class TestTheSameAsWithoutStopping:
         assert run.info["resumed"] == [0, 4, 8]
         assert_same(run, sitting(tmp_path / "whole", config, probing))
 
-    @pytest.mark.parametrize("save_every", [1, 3, 6, 10])
+    @pytest.mark.parametrize(
+        "save_every",
+        [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(6, marks=pytest.mark.slow), 10],
+    )
     def test_wherever_it_was_saved(self, tmp_path, whole, save_every):
         """After every step, at the end of epochs, and just before the end."""
         probing = replace(PLAIN, save_every=save_every)

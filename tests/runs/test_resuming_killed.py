@@ -181,6 +181,7 @@ def points(operations):
     yield from ((number, True) for number, name in numbered if name == "fsync")
 
 
+@pytest.mark.slow
 def test_every_change_on_disk(forks, short, tmp_path):
     assert short.operations.count("fsync") == short.operations.count("replace") == 7
     for number, torn in points(short.operations):

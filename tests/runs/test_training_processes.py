@@ -59,6 +59,7 @@ def train_all(file):
     leave()
 
 
+@pytest.mark.slow
 def test_two_take_the_steps_of_one(forks, tmp_path):
     ended = forks.call(train_all, tmp_path / "found.pt", processes=2)
     assert ended.codes == (0, 0), ended.told

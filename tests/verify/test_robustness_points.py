@@ -102,7 +102,15 @@ def test_the_chain_holds(most):
 
 
 @pytest.mark.parametrize(
-    ("name", "masked"), [("uvit-trained", 1), ("uvit", 1), ("add", 3), ("unet2d-trained", 4)]
+    ("name", "masked"),
+    [
+        ("uvit", 1),
+        ("add", 3),
+        *(
+            pytest.param(f"{name}-trained", i, marks=pytest.mark.slow)
+            for name, i in (("uvit", 1), ("unet2d", 4))
+        ),
+    ],
 )
 def test_paths_that_are_masked_wrongly_break_it(name, masked):
     """Without the largest paths the others bound nothing; loose bounds need more of them gone."""
@@ -144,6 +152,7 @@ def test_a_path_that_is_isolated_at_the_wrong_place_leaves_a_gap(monkeypatch, wr
     assert robustness_verdict(evidence).status == "ASSUMPTION_UNMET"
 
 
+@pytest.mark.slow
 def test_the_worst_direction_reaches_sigma_max():
     """Random directions do not; along the worst one the secant is σ_max(J)."""
     for name in ("add", "uvit", "unet2d"):
