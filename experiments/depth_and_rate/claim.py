@@ -64,8 +64,7 @@ def _figure(studies: Sequence[Study]) -> Figure:
     figure, axes = grid(1, len(panels), sharey=True, size=(3.0, 3.4))
     colours = scheme_colours(studies)
     for ax, (study, n) in zip(axes[0], panels, strict=True):
-        runs, rates = study.where(n_skips=n), _values(study, "learning_rate")
-        rates = sorted({m.config.learning_rate for m in runs.members})
+        runs, rates = study.where(n_skips=n), sorted(_values(study, "learning_rate"))
         for k, scheme in enumerate(runs.schemes):
             for r, rate in enumerate(rates):
                 losses = [worth(m) for m in runs.where(scheme=scheme, learning_rate=rate).members]
