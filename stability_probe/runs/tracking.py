@@ -175,6 +175,8 @@ class Trackers:
 
     def __call__(self, frame: pd.DataFrame) -> None:
         """Log records."""
+        if not self._trackers:
+            return
         for step, values in scalars(frame):
             values = {**values, **self._notes.get(step, {})}
             for tracker in list(self._trackers):

@@ -260,7 +260,10 @@ class Training(Iterator[TrainStep]):
         self._generator = torch.Generator().manual_seed(config.seed)
         self._batches = Batches(len(images), self._batch_size, self._generator)
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            model.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            foreach=True,  # the same numbers in half of the time, also on a CPU
         )
         self._warmup = get_constant_schedule_with_warmup(optimizer, config.warmup)
         self._wrapped, self._optimizer = self._accelerator.prepare(model, optimizer)
