@@ -26,7 +26,7 @@ from stability_probe.skips import find_skips, scale_skips
 LIMITS = {"cs:0.7": 1.02, "ls": 1.05, "ls-non-shared": 1.05}
 """Ratios of a step's time that a scheme is said to stay below."""
 COUPLES = 10
-PLAN = Plan(pairs=8, warmup=3)
+PLAN = Plan(pairs=4, warmup=2)
 
 
 def scaled_twin(workload: Workload, scheme: str) -> Twin:

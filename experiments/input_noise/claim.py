@@ -30,7 +30,7 @@ EXTRA = (0.05, 0.1, 0.2, 0.4)
 """‖δ‖/‖x_t‖ in the mean."""
 SHOWN = 0.1
 """The one that questions are about."""
-IMAGES = 256
+IMAGES = 128
 
 
 @cache

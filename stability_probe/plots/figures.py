@@ -112,7 +112,7 @@ def plot_gradients(table: pd.DataFrame, when: str = "at the end of training") ->
     table = table[np.isfinite(table.measured) & np.isfinite(table.bound)]
     schemes = list(table.scheme.unique())
     figure, axes = grid(2, max(1, len(schemes)), sharey="row")
-    names = {"a": "encoder blocks aᵢ", "b": "decoder blocks bᵢ"}
+    names = {"a": "encoder blocks a$_i$", "b": "decoder blocks b$_i$"}
     for r, (block, label) in enumerate(names.items()):
         for c, scheme in enumerate(schemes):
             ax: Axes = axes[r, c]

@@ -136,7 +136,7 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
     return figure
 
 
-_BLOCKS = {"a": "encoder blocks aᵢ", "b": "decoder blocks bᵢ"}
+_BLOCKS = {"a": "encoder blocks a$_i$", "b": "decoder blocks b$_i$"}
 
 
 def _beaten(row: Any, means: pd.DataFrame) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import joblib
 import torch
@@ -106,7 +107,9 @@ def _local(request: Request, runs: int) -> Iterator[Workers]:
     threads = request.threads or max(1, min(cores // jobs, torch.get_num_threads()))
 
     def do(calls: Calls) -> None:
-        with joblib.parallel_config("loky", inner_max_num_threads=threads):
+        with joblib.parallel_config("loky", inner_max_num_threads=threads), catch_warnings():
+            # A process that has grown by more than 300 MB is replaced between two runs.
+            filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
             # n_jobs=1 would be done in this process, which a run could take with it
             joblib.Parallel(max(2, jobs), pre_dispatch=jobs, batch_size=1)(calls)
 

@@ -193,7 +193,10 @@ def test_every_change_on_disk(forks, short, tmp_path):
         finish(forks, folder, short)
 
 
-@pytest.mark.parametrize("stopped", ["before the first state", "after the last state"])
+@pytest.mark.parametrize(
+    "stopped",
+    [pytest.param("before the first state", marks=pytest.mark.slow), "after the last state"],
+)
 def test_every_change_on_disk_while_going_on(forks, short, tmp_path, stopped):
     """From a run that has records to drop."""
     renames = [n for n, name in enumerate(short.operations, start=1) if name == "replace"]

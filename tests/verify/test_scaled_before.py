@@ -34,6 +34,7 @@ SCHEMES = {
     "uniform": (lambda: Uniform(0.3), [0.3] * 2),
     "ls": (LearnableScaling, None),
 }
+ALIKE = ("inverse-sqrt2", "uniform")  # constants, as CS has them
 
 
 def recorded(build, scheme, folder, found_after):
@@ -56,7 +57,10 @@ def recorded(build, scheme, folder, found_after):
     return Run.open(folder)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else []) for name in SCHEMES],
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_kappa_bounds_and_verdicts_are_the_same(tmp_path, network, scheme):
     (build, own), (make, kappa) = NETWORKS[network], SCHEMES[scheme]
