@@ -1,5 +1,7 @@
 """Numbers of one run that several claims ask for."""
 
+import math
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -14,11 +16,9 @@ def feature_range(member: Member, level: int | None = None) -> float:
 
     At one level, or the geometric mean over all; infinite if training diverged.
     """
-    if diverged(member):
-        return float("inf")
     if level is not None:
-        return member.numbers[f"oscillation.h_{level}"]
-    return _geometric([v for k, v in member.numbers.items() if k.startswith("oscillation.h_")])
+        return member.numbers.get(f"oscillation.h_{level}", math.inf)
+    return _geometric([feature_range(member, i) for i in range(member.config.n_skips + 1)])
 
 
 def output_range(member: Member) -> float:
@@ -28,8 +28,8 @@ def output_range(member: Member) -> float:
 
 def parameter_range(member: Member) -> float:
     """Range of ‖θ‖² of a block's parameters over the same steps, geometric mean over blocks."""
-    if diverged(member):
-        return float("inf")
+    if member.diverged:
+        return math.inf
     blocks = parameter_energies(member)
     settled = blocks[blocks.index > TRANSIENT * blocks.index.max()]
     ranges = settled.max() - settled.min()
@@ -63,17 +63,12 @@ def gradient_energy(member: Member, first: int | None = None, over_loss: bool = 
 
 def final_loss(member: Member) -> float:
     """Mean loss over the last tenth of the steps; infinite if training diverged."""
-    return float("inf") if diverged(member) else member.numbers["final_loss"]
+    return member.numbers.get("final_loss", math.inf)
 
 
 def skip_energy(member: Member) -> float:
     """Σκ_i² over all skips; of learned κ, their measured means."""
     return float(skip_energy_sum(member.evidence.kappa, 1))
-
-
-def diverged(member: Member) -> bool:
-    """Whether the run ended early."""
-    return member.evidence.failed
 
 
 def slopes(study: Study, measured: pd.DataFrame, against: pd.DataFrame) -> list[float]:

@@ -1,7 +1,8 @@
 """The runs that experiments rest on: grids of trainings, done once and shared by the claims."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,19 @@ class Member:
     Attributes:
         config: its settings.
         run: its folder.
+        diverged: whether its loss stopped being finite, which ended it early.
+        numbers: what a check would compare, as the sweep has measured it; empty where it diverged.
     """
 
     config: TrainConfig
     run: Run
+    diverged: bool
+    numbers: Mapping[str, float] = field(compare=False, repr=False)
 
     @cached_property
     def evidence(self) -> Evidence:
         """Its records."""
         return Evidence.of(self.run)
-
-    @cached_property
-    def numbers(self) -> dict[str, float]:
-        """What a check would compare; not finite where it diverged."""
-        return run_numbers(self.run)
 
     def network(self) -> nn.Module:
         """The trained network, its skips scaled as they were."""
@@ -144,5 +144,11 @@ def conduct(
             f"{broken[0]['run']} ({broken[0]['reason']}); do them again with "
             f"stability-probe sweep {grid_file(name, scale)} --out {folder} --retry"
         )
-    runs = folder / "runs"
-    return Study(name, [Member(config, Run.open(runs / run)) for run, config in grid.cells()])
+    settings = dict(grid.cells())
+    return Study(name, [_member(folder, row, settings[row["run"]]) for row in rows])
+
+
+def _member(folder: Path, row: Mapping[str, Any], config: TrainConfig) -> Member:
+    """A run by its row in the sweep's table, which has columns for the numbers of all runs."""
+    numbers = {k: v for k, v in row.items() if isinstance(v, float) and not math.isnan(v)}
+    return Member(config, Run.open(folder / "runs" / row["run"]), diverged(row), numbers)

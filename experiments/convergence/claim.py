@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from experiments.examination import Examination
 from experiments.figures import scheme_colours, scheme_legend
 from experiments.findings import Question
-from experiments.measures import diverged, geometric_mean
+from experiments.measures import geometric_mean
 from experiments.studies import UNSCALED, Member, Study, label
 from stability_probe.plots.figures import grid, title
 
@@ -47,7 +47,7 @@ def table(study: Study) -> pd.DataFrame:
 
     def ratio(member: Member) -> float:
         goal = goals[member.config.seed]
-        if diverged(member) or diverged(goal):
+        if member.diverged or goal.diverged:
             return float("nan")
         curve = smoothed(goal)
         loss = float(curve.iloc[-1])

@@ -17,7 +17,6 @@ from scipy import stats
 
 from experiments.examination import Examination
 from experiments.findings import Question
-from experiments.measures import diverged
 from experiments.studies import Member, Study, label
 from stability_probe.plots.figures import BOUND, grid, title
 
@@ -55,7 +54,7 @@ def groups(studies: Sequence[Study]) -> Iterator[tuple[str, Study]]:
                 found = study.where(n_skips=n, learning_rate=rate, scheme=scheme).members
                 if found:
                     name = f"{study.grid}, N = {n}, rate {rate:g}: {label(scheme)}"
-                    yield name, Study(study.grid, [m for m in found if not diverged(m)])
+                    yield name, Study(study.grid, [m for m in found if not m.diverged])
 
 
 def examine(studies: Sequence[Study]) -> Examination:

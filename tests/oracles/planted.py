@@ -71,13 +71,14 @@ def planted(
 
 
 def _member(config: TrainConfig, evidence: Evidence) -> Member:
-    member = Member(config, Run(f"planted/{config.scheme}-{config.seed}"))
     loss = evidence.series("loss", "loss")[0]
     numbers = {
         **measures_of(evidence).tested,
         "final_loss": float(loss.iloc[-STEPS // 10 :].mean()),
     }
-    member.__dict__.update(evidence=evidence, numbers=numbers)  # both are cached properties
+    folder = Run(f"planted/{config.scheme}-{config.seed}")
+    member = Member(config, folder, evidence.failed, {} if evidence.failed else numbers)
+    member.__dict__["evidence"] = evidence  # a cached property
     return member
 
 
