@@ -51,11 +51,13 @@ class Question:
         >>> Question("digits", "loss, a over b", [0.5, 0.6, 0.55], "below").answer().status
         'REPRODUCED'
         """
-        values = np.asarray(self.values, dtype=float)
-        if len(values) < 2 or not np.isfinite(values).all():
+        scaled = np.asarray(self.values, dtype=float)
+        if self.ratio:
+            with np.errstate(divide="ignore"):  # a ratio of 0 has no geometric mean
+                scaled = np.log(scaled)
+        if len(scaled) < 2 or not np.isfinite(scaled).all():
             return Finding(self, math.nan, (math.nan, math.nan), 0.0, "INCONCLUSIVE")
         confidence = 1 - ALPHA / questions
-        scaled = np.log(values) if self.ratio else values
         interval = student_interval(scaled, confidence)
         estimate = float(scaled.mean())
         if self.ratio:

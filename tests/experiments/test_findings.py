@@ -27,6 +27,7 @@ def question(values, side="below", **options):
         ([], "below", "INCONCLUSIVE"),
         ([0.5, math.inf, 0.5], "below", "INCONCLUSIVE"),
         ([0.5, math.nan, 0.5], "below", "INCONCLUSIVE"),
+        ([0.5, 0.0, 0.5], "below", "INCONCLUSIVE"),
     ],
 )
 def test_a_ratio_is_held_against_one(values, side, status):
@@ -72,6 +73,7 @@ def test_a_row_says_what_was_claimed_and_found():
     assert row["estimate"] == 0.5
     assert row["n"] == 3
     assert question([math.nan, 1.0]).answer().as_dict()["estimate"] is None
+    assert question([0.0, 1.0]).answer().as_dict()["estimate"] is None
 
 
 def test_a_row_has_the_values_of_the_seeds():
