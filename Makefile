@@ -30,7 +30,8 @@ notebooks: .venv/installed
 	$(BIN)/python notebooks/execute.py
 
 # Everything that is committed below experiments/; what has changed is listed. Trainings that are in
-# experiments-out/ are not made again: remove it to begin from nothing.
+# experiments-out/ are not made again, nor is what was measured of each: remove it to begin from
+# nothing.
 experiments: .venv/installed
 	$(BIN)/python -m experiments $(CLAIMS)
 	rm -rf experiments-out/concentration

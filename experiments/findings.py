@@ -53,7 +53,7 @@ class Question:
         """
         scaled = np.asarray(self.values, dtype=float)
         if self.ratio:
-            with np.errstate(divide="ignore"):  # a ratio of 0 has no geometric mean
+            with np.errstate(divide="ignore"):  # a ratio of 0 leaves no interval
                 scaled = np.log(scaled)
         if len(scaled) < 2 or not np.isfinite(scaled).all():
             return Finding(self, math.nan, (math.nan, math.nan), 0.0, "INCONCLUSIVE")

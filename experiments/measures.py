@@ -16,8 +16,10 @@ def feature_range(member: Member, level: int | None = None) -> float:
 
     At one level, or the geometric mean over all; infinite if training diverged.
     """
+    if member.diverged:
+        return math.inf
     if level is not None:
-        return member.numbers.get(f"oscillation.h_{level}", math.inf)
+        return member.numbers[f"oscillation.h_{level}"]
     return _geometric([feature_range(member, i) for i in range(member.config.n_skips + 1)])
 
 
@@ -63,7 +65,7 @@ def gradient_energy(member: Member, first: int | None = None, over_loss: bool = 
 
 def final_loss(member: Member) -> float:
     """Mean loss over the last tenth of the steps; infinite if training diverged."""
-    return member.numbers.get("final_loss", math.inf)
+    return math.inf if member.diverged else member.numbers["final_loss"]
 
 
 def skip_energy(member: Member) -> float:

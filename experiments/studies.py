@@ -1,6 +1,5 @@
 """The runs that experiments rest on: grids of trainings, done once and shared by the claims."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,7 +38,8 @@ class Member:
         config: its settings.
         run: its folder.
         diverged: whether its loss stopped being finite, which ended it early.
-        numbers: what a check would compare, as the sweep has measured it; empty where it diverged.
+        numbers: those of its row in the sweep's table: what a check would compare, made when the
+            run ended. Empty where it diverged.
     """
 
     config: TrainConfig
@@ -144,11 +144,12 @@ def conduct(
             f"{broken[0]['run']} ({broken[0]['reason']}); do them again with "
             f"stability-probe sweep {grid_file(name, scale)} --out {folder} --retry"
         )
-    settings = dict(grid.cells())
-    return Study(name, [_member(folder, row, settings[row["run"]]) for row in rows])
+    cells = zip(rows, grid.cells(), strict=True)
+    return Study(name, [_member(folder, row, config) for row, (_, config) in cells])
 
 
 def _member(folder: Path, row: Mapping[str, Any], config: TrainConfig) -> Member:
-    """A run by its row in the sweep's table, which has columns for the numbers of all runs."""
-    numbers = {k: v for k, v in row.items() if isinstance(v, float) and not math.isnan(v)}
-    return Member(config, Run.open(folder / "runs" / row["run"]), diverged(row), numbers)
+    """A run by its row in the sweep's table."""
+    failed = diverged(row)
+    numbers = {} if failed else {k: v for k, v in row.items() if isinstance(v, float)}
+    return Member(config, Run.open(folder / "runs" / row["run"]), failed, numbers)

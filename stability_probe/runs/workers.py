@@ -108,7 +108,7 @@ def _local(request: Request, runs: int) -> Iterator[Workers]:
 
     def do(calls: Calls) -> None:
         with joblib.parallel_config("loky", inner_max_num_threads=threads), catch_warnings():
-            # A process that has grown by more than 300 MB is replaced between two runs.
+            # Of a process that has grown by 300 MB since its first run and is replaced: no loss.
             filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
             # n_jobs=1 would be done in this process, which a run could take with it
             joblib.Parallel(max(2, jobs), pre_dispatch=jobs, batch_size=1)(calls)

@@ -1,9 +1,12 @@
 """Trainings that claims rest on."""
 
+import math
+
 import pandas as pd
 import pytest
 
 from experiments import studies
+from experiments.measures import final_loss
 from experiments.studies import conduct, grid_file
 from stability_probe import StabilityProbeError
 from stability_probe.runs import Run
@@ -21,7 +24,10 @@ def swept(monkeypatch, folder, **ended):
         asked.update(options)
         for name in names:
             Run(out / "runs" / name).begin({"skips": []})
-        rows = [{"run": name, "state": "complete", "reason": None} for name in names]
+        rows = [
+            {"run": name, "state": "complete", "reason": None, "final_loss": float(number)}
+            for number, name in enumerate(names)
+        ]
         return pd.DataFrame([{**rows[0], **ended}, *rows[1:]])
 
     monkeypatch.setattr(studies, "sweep", sweep)
@@ -32,13 +38,17 @@ def test_every_run_is_a_member_and_has_one_thread(monkeypatch, tmp_path):
     study, asked = swept(monkeypatch, tmp_path)
     assert len(study.members) == 25 and study.schemes[0] == "unscaled"
     assert asked["threads"] == 1
+    for member in study.members:
+        name = member.run.path.name
+        assert name == f"scheme={member.config.scheme.replace(':', '-')},seed={member.config.seed}"
 
 
 def test_a_run_that_diverged_is_a_result(monkeypatch, tmp_path):
-    study, _ = swept(
-        monkeypatch, tmp_path, state="failed", reason="TrainingDiverged: loss is nan at step 3"
-    )
-    assert len(study.members) == 25
+    reason = "TrainingDiverged: loss is nan at step 3"
+    study, _ = swept(monkeypatch, tmp_path, state="failed", reason=reason, final_loss=math.nan)
+    assert [member.diverged for member in study.members] == [True, *24 * [False]]
+    assert [final_loss(member) for member in study.members] == [math.inf, *range(1, 25)]
+    assert study.members[0].numbers == {}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ backends = pytest.mark.parametrize(
 )
 LONG = ("uvit", "unet2d")  # to compile
 names = pytest.mark.parametrize(
-    "name", ["concat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("add", *LONG))]
+    "name", ["add", *(pytest.param(name, marks=pytest.mark.slow) for name in ("concat", *LONG))]
 )
 
 

@@ -193,11 +193,9 @@ def test_every_change_on_disk(forks, short, tmp_path):
         finish(forks, folder, short)
 
 
-@pytest.mark.parametrize(
-    "stopped",
-    [pytest.param("before the first state", marks=pytest.mark.slow), "after the last state"],
-)
-def test_every_change_on_disk_while_going_on(forks, short, tmp_path, stopped):
+@pytest.mark.parametrize("first", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stopped", ["before the first state", "after the last state"])
+def test_every_change_on_disk_while_going_on(forks, short, tmp_path, stopped, first):
     """From a run that has records to drop."""
     renames = [n for n, name in enumerate(short.operations, start=1) if name == "replace"]
     at, last, expected = {
@@ -213,7 +211,7 @@ def test_every_change_on_disk_while_going_on(forks, short, tmp_path, stopped):
     assert ended.codes == (0,), ended.told
     assert short.check_finished(counted) == expected
     operations = (counted / "operations").read_text().split()
-    for number, torn in points(operations[:8]):
+    for number, torn in points(operations[:first]):
         folder = shutil.copytree(base, tmp_path / f"{number}{torn}")
         ended = forks.call(train_up_to, folder, SHORT, OFTEN, number, torn)
         assert ended.codes == (KILLED,), ended.told

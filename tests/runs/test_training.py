@@ -31,6 +31,26 @@ def alpha_squared(levels=1000):
     return np.cumprod(1 - np.linspace(1e-4, 0.02, levels))
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_the_optimizer_over_all_tensors_at_once_gives_the_same_bits(monkeypatch, model):
+    def trained():
+        settings, images = config(model=model, steps=4), load_images("digits")
+        net = build_model(settings, images.shape[1:])
+        for _ in train(net, images, settings):
+            pass
+        return nn.utils.parameters_to_vector(net.parameters())
+
+    asked, original = [], torch.optim.AdamW
+
+    def one_by_one(parameters, *, foreach, **options):
+        asked.append(foreach)
+        return original(parameters, foreach=False, **options)
+
+    at_once = trained()
+    monkeypatch.setattr(torch.optim, "AdamW", one_by_one)
+    assert torch.equal(trained(), at_once) and asked == [True]
+
+
 class Stub(nn.Module):
     """Predicts w·x_t and keeps what it was given."""
 

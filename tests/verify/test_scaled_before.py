@@ -34,7 +34,7 @@ SCHEMES = {
     "uniform": (lambda: Uniform(0.3), [0.3] * 2),
     "ls": (LearnableScaling, None),
 }
-ALIKE = ("inverse-sqrt2", "uniform")  # constants, as CS has them
+ALIKE = ("uniform",)  # a constant, as 1/√2 is one
 
 
 def recorded(build, scheme, folder, found_after):
