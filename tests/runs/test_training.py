@@ -34,7 +34,7 @@ def alpha_squared(levels=1000):
 @pytest.mark.parametrize("model", MODELS)
 def test_the_optimizer_over_all_tensors_at_once_gives_the_same_bits(monkeypatch, model):
     def trained():
-        settings, images = config(model=model, steps=4), load_images("digits")
+        settings, images = config(model=model, n_skips=4, steps=4), load_images("digits")
         net = build_model(settings, images.shape[1:])
         for _ in train(net, images, settings):
             pass
