@@ -263,7 +263,7 @@ class Training(Iterator[TrainStep]):
             model.parameters(),
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
-            foreach=True,  # the same numbers in half of the time, also on a CPU
+            foreach=True,  # the same bits as one by one, and sooner, also on a CPU
         )
         self._warmup = get_constant_schedule_with_warmup(optimizer, config.warmup)
         self._wrapped, self._optimizer = self._accelerator.prepare(model, optimizer)
